@@ -1,0 +1,1 @@
+"""Verbs: parse, one library call, print."""

@@ -1,0 +1,134 @@
+"""Every error b2batch raises on purpose, and the exit code each one ends the process with.
+
+    B2BatchError                 1    failed, resumable: the same command again goes on
+    ├── CallerError              2    what the user gave is wrong; retrying cannot help
+    │   ├── SpecError                 the job file: an unknown key, a value out of range
+    │   ├── InputError                the dataset: no such file, unreadable, wrong columns
+    │   ├── ModelError                the checkpoint: missing, malformed, not supported
+    │   └── OutputError               the output location: not writable, not ours
+    ├── ErrorBudgetExceeded      3    finished, but more rows failed than allowed
+    ├── IntegrityError           4    the bytes are not what they should be
+    │   └── DriftError                input or spec changed under an existing output
+    ├── ClusterError             1    replicas could not be had or kept
+    ├── Fenced                   1    another driver took over this run
+    ├── Drained                 75    stopped cleanly; requeue
+    └── RunLocked               99    another live driver holds this output
+
+    RowError                     -    one row's fault: becomes a row with ``status = error``
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class B2BatchError(Exception):
+    """Base of everything raised on purpose. The message alone must tell a user what to do."""
+
+    exit_code = 1
+
+
+class CallerError(B2BatchError):
+    """What the caller gave is wrong: refused before any replica starts."""
+
+    exit_code = 2
+
+
+class SpecError(CallerError):
+    """The job file or a ``--set`` override is not valid."""
+
+
+class InputError(CallerError):
+    """The input dataset cannot be planned: missing, unreadable or with the wrong columns."""
+
+
+class ModelError(CallerError):
+    """The checkpoint cannot be loaded, or its architecture is not supported."""
+
+
+class OutputError(CallerError):
+    """The output location cannot be used: not writable, or it holds somebody else's files."""
+
+
+class ErrorBudgetExceeded(B2BatchError):
+    """The run ended, but more rows failed than ``errors.max_error_rate`` allows."""
+
+    exit_code = 3
+
+
+class IntegrityError(B2BatchError):
+    """Committed data is not what its footer, the plan or ``_SUCCESS`` says it is."""
+
+    exit_code = 4
+
+
+class DriftError(IntegrityError):
+    """The input or the spec is not what the existing output was made from."""
+
+
+class ClusterError(B2BatchError):
+    """Replicas could not be started, or died more often than the budget allows."""
+
+
+class Fenced(B2BatchError):
+    """A newer driver epoch owns this run; this driver must not commit any more."""
+
+
+class Drained(B2BatchError):
+    """The run was asked to stop and did so cleanly; the same command resumes it."""
+
+    exit_code = 75
+
+
+class RunLocked(B2BatchError):
+    """Another live driver holds the lease of this output."""
+
+    exit_code = 99
+
+
+class RowFault(StrEnum):
+    """Why a row failed: the ``type`` of its ``error`` struct in the output."""
+
+    INPUT_JSON = "INPUT_JSON"
+    INPUT_UTF8 = "INPUT_UTF8"
+    INPUT_UNICODE = "INPUT_UNICODE"
+    INPUT_TOO_LARGE = "INPUT_TOO_LARGE"
+    INPUT_SCHEMA = "INPUT_SCHEMA"
+    PROMPT_MISSING = "PROMPT_MISSING"
+    PROMPT_TYPE = "PROMPT_TYPE"
+    PROMPT_TEMPLATE = "PROMPT_TEMPLATE"
+    PROMPT_EMPTY = "PROMPT_EMPTY"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    SAMPLING = "SAMPLING"
+    NAN = "NAN"
+    OOM = "OOM"
+    WORKER_CRASH = "WORKER_CRASH"
+
+
+class Stage(StrEnum):
+    """Where on its journey a row failed: the ``stage`` of its ``error`` struct."""
+
+    READ = "read"
+    RENDER = "render"
+    ENCODE = "encode"
+    GENERATE = "generate"
+    CRASH = "crash"
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """What stands in a failed row's ``error`` column. ``message`` is at most 2 kB."""
+
+    fault: RowFault
+    message: str
+    stage: Stage
+    attempts: int = 1
+
+
+class RowError(B2BatchError):
+    """One row cannot be answered. Caught where the row is handled; never ends a job by itself."""
+
+    def __init__(self, fault: RowFault, message: str, stage: Stage) -> None:
+        super().__init__(message)
+        self.failure = RowFailure(fault, message[:2000], stage)

@@ -1,0 +1,1 @@
+"""A prompt dataset → rows → work units. No torch, no ray."""

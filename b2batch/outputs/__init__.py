@@ -1,0 +1,1 @@
+"""Generations → rows → parts → commit. A part exists when it is committed."""

@@ -1,0 +1,353 @@
+"""The job file as a tree of frozen values: the one place where a setting has a name and a default.
+
+``load_spec`` reads YAML strictly (no duplicate keys, bounded size), applies ``--set`` overrides and
+validates; every message names the field, what was found and what is allowed. ``${env:NAME}`` stays
+a reference in the tree, so no dump, hash or log of a spec can hold a secret: ``resolve_env`` puts
+the value in at the place of use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from b2batch.errors import SpecError
+
+MAX_JOB_FILE_BYTES = 256 * 1024
+_ENV_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class ModelSpec(_Section):
+    """Which checkpoint, and how it is read.
+
+    ``position`` and ``norm_head`` override what a Baichuan config does not say (see
+    ``models/baichuan.py``); other families ignore neither silently: they refuse them.
+    """
+
+    model: str = Field(description="hub id, local path, ms://… (ModelScope), or a name from configs/models")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
+    position: Literal["auto", "rope", "alibi"] = "auto"
+    norm_head: Literal["auto"] | bool = "auto"
+
+
+class InputSpec(_Section):
+    """The prompt dataset. ``path`` may be files, globs and directories, local or on an object store."""
+
+    path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    format: Literal["auto", "jsonl", "parquet"] = "auto"
+    key: str | None = Field(default=None, description="a column that names the row; carried, never trusted as unique")
+    limit: int | None = Field(default=None, ge=1, description="take only the first rows of the plan")
+    rows_per_unit: int = Field(default=256, ge=1, description="rows a replica leases, retries and commits at once")
+    infer_rows: int = Field(default=10_000, ge=1, description="JSONL rows of each file read to find the columns' types")
+    max_record_bytes: int = Field(default=16 << 20, ge=1)
+    fingerprint: Literal["full", "fast"] = Field(default="full", description="full: sha256; fast: size, time, both ends")
+    sampling_column: str | None = Field(default=None, description="a column of sampling keys that override `sampling`")
+
+
+class Message(_Section):
+    """One turn; ``content`` is a template over the row's columns."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Example(_Section):
+    """One worked example, shown before the row's own prompt; plain text, no template."""
+
+    user: str
+    assistant: str
+
+
+class PromptSpec(_Section):
+    """How a row becomes a prompt: exactly one of ``template``, ``messages`` and ``column``.
+
+    ``column`` names text, or a list of ``{role, content}`` messages. ``chat: auto`` uses the chat
+    format for chat models and for message lists, plain text for base models.
+    """
+
+    template: str | None = None
+    messages: tuple[Message, ...] | None = None
+    column: str | None = None
+    system: str | None = None
+    examples: tuple[Example, ...] = ()
+    chat: Literal["auto"] | bool = "auto"
+    allow_special_tokens: bool = Field(default=False, description="let <reserved_106>, </s> in row text be control tokens")
+    on_too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("template", "messages", "column") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"exactly one of template, messages and column is needed, found {found}")
+        if self.messages is not None and not self.messages:
+            raise ValueError("messages must not be empty")
+        if self.system is not None and self.messages is not None and self.messages[0].role == "system":
+            raise ValueError("system is given twice: as `system` and as the first of `messages`")
+        return self
+
+
+_SAMPLING_ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
+
+
+class SamplingSpec(_Section):
+    """How tokens are chosen; vLLM's key names. ``temperature: 0`` is greedy.
+
+    ``max_tokens: null`` means up to the model's context. ``from_model`` takes what is not given
+    here from the checkpoint's ``generation_config.json``.
+    """
+
+    from_model: bool = False
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1: all tokens")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = Field(default=1, ge=1, le=1024)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    logprobs: int | None = Field(default=None, ge=0, le=100, description="alternatives a token; 0: only its own")
+    logit_bias: Mapping[int, float] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalise_aliases(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        for alias, name in _SAMPLING_ALIASES.items():
+            if alias in data:
+                if name in data:
+                    raise ValueError(f"{alias} is another name of {name}: give one of them")
+                data[name] = data.pop(alias)
+        do_sample = data.pop("do_sample", None)
+        if do_sample is False:
+            data["temperature"] = 0.0
+        elif do_sample is True:
+            data.setdefault("temperature", 1.0)
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not hold an empty string")
+        return self
+
+
+class OutputSpec(_Section):
+    """Where the Parquet dataset goes and which input columns stand in it."""
+
+    path: str = Field(description="a directory; {run8} becomes the run's short id")
+    columns: tuple[str, ...] | None = Field(default=None, description="input columns to carry; null: all")
+    prefix: str | None = Field(default=None, description="put before b2batch's own column names")
+
+
+class EngineSpec(_Section):
+    """What a replica's engine may use. ``auto`` measures the memory that is there."""
+
+    max_num_seqs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    max_num_batched_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    kv_cache_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    enable_prefix_caching: bool = True
+
+
+class ClusterSpec(_Section):
+    """Where replicas run. ``replicas: auto`` is as many as the GPUs (or cores) carry."""
+
+    address: str = Field(default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…")
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpus_per_replica: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    cpus_per_replica: Annotated[float, Field(gt=0.0)] = 1.0
+    start_timeout_s: float = Field(default=600.0, gt=0.0, description="how long to wait for the first replica")
+
+
+class ErrorsSpec(_Section):
+    """How many failed rows are still a success: at least 10, or this share of all rows."""
+
+    max_error_rate: float = Field(default=0.01, ge=0.0, le=1.0)
+
+
+class JobSpec(_Section):
+    """One batch-inference job: which model, which rows, what prompt, where to."""
+
+    name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    task: Literal["generate"] = "generate"
+    model: ModelSpec
+    input: InputSpec
+    prompt: PromptSpec
+    sampling: SamplingSpec = SamplingSpec()
+    output: OutputSpec
+    engine: EngineSpec = EngineSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    errors: ErrorsSpec = ErrorsSpec()
+
+    def result_config(self) -> dict[str, Any]:
+        """The settings that decide what the output says; another value is another run.
+
+        Left out: where files stand (their content is fingerprinted by the plan), engine limits and
+        dtype (they may change bits, so they are recorded as provenance), the cluster, the budget.
+        """
+        dump = self.model_dump(mode="json")
+        return {
+            "task": dump["task"],
+            "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "device")},
+            "input": {k: dump["input"][k] for k in ("key", "max_record_bytes", "sampling_column")},
+            "prompt": dump["prompt"],
+            "sampling": dump["sampling"],
+            "output": {k: dump["output"][k] for k in ("columns", "prefix")},
+        }
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of a JSON-able mapping, independent of key order."""
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve_env(text: str) -> str:
+    """Put the values of ``${env:NAME}`` references into ``text``; SpecError names one that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        try:
+            return os.environ[match[1]]
+        except KeyError:
+            raise SpecError(f"the environment variable {match[1]}, used as {match[0]}, is not set") from None
+
+    return _ENV_REFERENCE.sub(value, text)
+
+
+# --- reading the job file ------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and aliases (a way to expand a small file without end)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise SpecError(f"line {mark.line + 1}: YAML aliases (*name) are not allowed in a job file")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise SpecError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds, read strictly; SpecError names the file and the line."""
+    try:
+        if path.stat().st_size > MAX_JOB_FILE_BYTES:
+            raise SpecError(f"{path}: larger than {MAX_JOB_FILE_BYTES} bytes, which no job file is")
+        document = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        raise SpecError(f"{path}: there is no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{path}: a job file is a mapping of keys, found {type(document).__name__}")
+    return document
+
+
+def apply_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """``document`` with ``a.b=value`` overrides put in; values are read as YAML scalars or lists."""
+    merged: dict[str, Any] = json.loads(json.dumps(document, default=str))
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise SpecError(f"--set {override}: expected KEY=VALUE, such as sampling.max_tokens=64")
+        section = merged
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise SpecError(f"--set {override}: {parent} is not a section")
+        try:
+            section[leaf] = yaml.load(text, _StrictLoader) if text else None
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {override}: not a YAML value: {error}") from error
+    return merged
+
+
+def parse_spec(document: Mapping[str, Any]) -> JobSpec:
+    """A validated spec; SpecError lists every fault with its field, value and what is allowed."""
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        raise SpecError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
+    """Read, override and validate a job file."""
+    document = apply_overrides(read_yaml(Path(path)), overrides)
+    try:
+        return parse_spec(document)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault: the dotted field, what is wrong, the nearest known name."""
+    location = [str(part) for part in fault["loc"]]
+    dotted = ".".join(location) or "the job file"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{dotted}: unknown key{hint} (known here: {', '.join(sorted(known))})"
+    if fault["type"] == "missing":
+        return f"{dotted}: is needed and not given"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{dotted}: {message}"
+    return f"{dotted}: {message}, found {fault['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: Any = JobSpec
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        candidates += [arg for c in candidates for arg in getattr(c, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    keys = list(section.model_fields)
+    return keys + list(_SAMPLING_ALIASES) if section is SamplingSpec else keys
