@@ -10,6 +10,7 @@
     ├── IntegrityError           4    the bytes are not what they should be
     │   └── DriftError                input or spec changed under an existing output
     ├── ClusterError             1    replicas could not be had or kept
+    ├── UnitFailed               1    a unit of rows failed on every attempt
     ├── Fenced                   1    another driver took over this run
     ├── Drained                 75    stopped cleanly; requeue
     └── RunLocked               99    another live driver holds this output
@@ -69,6 +70,10 @@ class DriftError(IntegrityError):
 
 class ClusterError(B2BatchError):
     """Replicas could not be started, or died more often than the budget allows."""
+
+
+class UnitFailed(B2BatchError):
+    """A unit failed by an error, not a row's, as often as it may be tried."""
 
 
 class Fenced(B2BatchError):

@@ -1,0 +1,173 @@
+"""The replicas as Ray actors: start, lease, wait for news, kill. No decision is taken here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+
+from b2batch.cluster.dispatch import Loss
+from b2batch.cluster.placement import Placement
+from b2batch.cluster.replica import MakeWorker, Replica, ReplicaUpdate, UnitLease
+
+logger = logging.getLogger(__name__)
+
+_GET_TIMEOUT_S = 30.0  # of a reply that Ray says is there
+_NODE_DIED = "node has died"  # stands in Ray's message; the error's type does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A replica answered a poll."""
+
+    replica_id: int
+    update: ReplicaUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A replica's process is gone."""
+
+    replica_id: int
+    loss: Loss
+    detail: str
+
+
+FleetEvent = Answer | Lost
+
+
+class Fleet(Protocol):
+    """What the driver needs of replicas, whatever runs them."""
+
+    def start(self, replica_id: int) -> None:
+        """Begin to start a replica."""
+
+    def lease(self, replica_id: int, lease: UnitLease) -> None:
+        """Hand a unit to a replica, with its next poll."""
+
+    def kill(self, replica_id: int) -> None:
+        """End a replica without asking it; nothing more is heard of it."""
+
+    def wait(self, timeout_s: float) -> list[FleetEvent]:
+        """News of all replicas, after at most ``timeout_s`` seconds."""
+        ...
+
+    def close(self, grace_s: float) -> None:
+        """End all replicas; those that can finish their step within ``grace_s`` do."""
+
+
+@dataclass(slots=True)
+class _Member:
+    actor: Any
+    num_known: int = 0
+    outbox: list[UnitLease] = field(default_factory=list)
+    poll: Any = None  # the outstanding call
+    sent: tuple[UnitLease, ...] = ()
+
+
+class RayFleet:
+    """Replicas of one shape on the connected Ray cluster.
+
+    A replica has one poll outstanding at any time, so the driver waits on as many references as
+    there are replicas, and on nothing else.
+    """
+
+    def __init__(self, placement: Placement, make_worker: MakeWorker) -> None:
+        """``make_worker`` is pickled once; it must be importable, or picklable by value, on the nodes."""
+        self._actor_class = ray.remote(Replica).options(
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
+            max_restarts=0,  # a death is told at once, and the dispatcher replaces it
+            max_task_retries=0,
+            max_concurrency=4,  # poll, wake and stop do not wait for one another
+            runtime_env={"env_vars": dict(placement.env_vars)},
+        )
+        # With many replicas each waits longer, so that the driver answers a few hundred polls a second.
+        self._poll_timeout_s = max(1.0, placement.num_replicas / 200)
+        self._make_worker_ref = ray.put(make_worker)
+        self._members: dict[int, _Member] = {}
+
+    def start(self, replica_id: int) -> None:
+        """Create the actor; Ray places it when there is room."""
+        self._members[replica_id] = _Member(self._actor_class.remote(self._make_worker_ref))
+
+    def lease(self, replica_id: int, lease: UnitLease) -> None:
+        """Queue for the next poll; one that is waiting is cut short. Nothing for a replica just lost."""
+        member = self._members.get(replica_id)
+        if member is None:  # its loss was collected with the news that led to this lease
+            return
+        if member.poll is not None and not member.outbox:
+            member.actor.wake.remote()
+        member.outbox.append(lease)
+
+    def kill(self, replica_id: int) -> None:
+        """SIGKILL; a process that is stopped ends about 5 s later."""
+        member = self._members.pop(replica_id, None)
+        if member is not None:
+            ray.kill(member.actor)
+
+    def wait(self, timeout_s: float) -> list[FleetEvent]:
+        """Poll whoever is not being polled, then collect every answer that is there."""
+        if not self._members:
+            time.sleep(timeout_s)
+            return []
+        for member in self._members.values():
+            if member.poll is None:
+                self._send_poll(member)
+        id_by_ref = {member.poll: replica_id for replica_id, member in self._members.items()}
+        refs = list(id_by_ref)
+        ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
+        if ready:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        events = (self._receive(id_by_ref[ref], ref) for ref in ready)
+        return [event for event in events if event is not None]
+
+    def close(self, grace_s: float) -> None:
+        """Ask all to stop, wait, and kill whoever is left. Safe to call twice."""
+        if grace_s > 0 and self._members:
+            stops = [member.actor.stop.remote(grace_s) for member in self._members.values()]
+            ray.wait(stops, num_returns=len(stops), timeout=grace_s)
+        for replica_id in list(self._members):
+            self.kill(replica_id)
+
+    def _send_poll(self, member: _Member) -> None:
+        member.sent = (*member.sent, *member.outbox)  # an unanswered poll's leases go again
+        member.outbox.clear()
+        member.poll = member.actor.poll.remote(member.num_known, member.sent, self._poll_timeout_s)
+
+    def _receive(self, replica_id: int, ref: Any) -> FleetEvent | None:
+        member = self._members[replica_id]
+        member.poll = None
+        try:
+            update: ReplicaUpdate = ray.get(ref, timeout=_GET_TIMEOUT_S)
+        except (ActorUnavailableError, GetTimeoutError) as error:
+            logger.warning("replica=%d cannot be reached just now: %s", replica_id, _first_line(error))
+            return None  # polled again; one that never comes back is found by its silence
+        except RayError as error:
+            self._members.pop(replica_id)
+            return Lost(replica_id, _loss_of(error), _describe(error))
+        return self._note_answer(replica_id, member, update)
+
+    def _note_answer(self, replica_id: int, member: _Member, update: ReplicaUpdate) -> Answer:
+        member.sent = ()
+        member.num_known = update.num_reports
+        return Answer(replica_id, update)
+
+
+def _loss_of(error: RayError) -> Loss:
+    if isinstance(error, RayActorError) and (error.preempted or _NODE_DIED in str(error)):
+        return Loss.NODE
+    return Loss.CRASH
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _describe(error: RayError) -> str:
+    """Ray's own account in one line, bounded: it may quote a log."""
+    return " ".join(str(error).split())[:1000]

@@ -1,0 +1,224 @@
+"""Which Ray cluster a run uses, and how many replicas of which size it can carry.
+
+An existing cluster must have the same environment on its nodes, b2batch included: the code is not
+shipped with the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import ray
+
+from b2batch.errors import ClusterError
+from b2batch.spec import ClusterSpec
+
+logger = logging.getLogger(__name__)
+
+# Units and receipts are small and stay out of the object store; it holds the worker's arguments.
+_OBJECT_STORE_BYTES = 100 << 20
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one node of the cluster has in all, used or not."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How many replicas to ask for, and what each one takes."""
+
+    num_replicas: int
+    num_cpus: float
+    num_gpus: float
+
+    @property
+    def env_vars(self) -> MappingProxyType[str, str]:
+        """Set before the replica's process starts: torch reads its thread counts once, on import."""
+        num_threads = str(max(1, int(self.num_cpus)))
+        variables = dict.fromkeys(_THREAD_VARIABLES, num_threads)
+        return MappingProxyType(variables | {"TOKENIZERS_PARALLELISM": "false"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A connection to Ray. ``is_own``: it was started for this run and ends with it."""
+
+    is_own: bool
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive."""
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in resources]
+
+    def place(self, spec: ClusterSpec, device: str, num_units: int) -> Placement:
+        """The replicas this cluster carries; waits for nodes up to ``spec.start_timeout_s``.
+
+        Raises:
+            ClusterError: no node is large enough for one replica.
+        """
+        timeout_s = 0.0 if self.is_own else spec.start_timeout_s  # nobody adds nodes to our own
+        return wait_for_placement(
+            lambda: self.nodes(), spec, device, num_units, timeout_s, time.monotonic, time.sleep
+        )
+
+
+@contextmanager
+def connect(spec: ClusterSpec) -> Iterator[Cluster]:
+    """Connect to the cluster that ``spec.address`` names, or start one on this machine.
+
+    ``auto`` takes the connection this process has, else ``RAY_ADDRESS``, else the cluster that
+    ``ray start`` left running here, else a cluster of our own. Ray's own handler of SIGTERM is
+    put back to what it was before.
+
+    Raises:
+        ClusterError: the cluster cannot be reached.
+    """
+    if ray.is_initialized() and spec.address == "auto":
+        yield Cluster(is_own=False)
+        return
+    with _signals_kept():
+        cluster = _connect(spec.address)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def plan_replicas(nodes: Sequence[Node], spec: ClusterSpec, device: str, num_units: int) -> Placement:
+    """The shape and number of replicas; ``num_replicas`` is 0 when no node can carry one.
+
+    ``auto`` is a GPU a replica where there are GPUs, else cores; never more replicas than units.
+    ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    """
+    num_gpus = _gpus_per_replica(nodes, spec, device)
+    room = sum(_fits(node, spec.cpus_per_replica, num_gpus) for node in nodes)
+    wanted = room if spec.replicas == "auto" else spec.replicas
+    num_replicas = min(wanted, max(1, num_units)) if room else 0
+    return Placement(num_replicas, spec.cpus_per_replica, num_gpus)
+
+
+def wait_for_placement(
+    nodes: Callable[[], Sequence[Node]],
+    spec: ClusterSpec,
+    device: str,
+    num_units: int,
+    timeout_s: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> Placement:
+    """``plan_replicas`` as soon as some node can carry a replica; ClusterError says what is missing."""
+    deadline_s = clock() + timeout_s
+    is_told = False
+    while True:
+        found = nodes()
+        placement = plan_replicas(found, spec, device, num_units)
+        if placement.num_replicas:
+            return placement
+        shortage = _describe_shortage(found, placement)
+        if clock() >= deadline_s:
+            raise ClusterError(shortage)
+        if not is_told:
+            logger.info("%s; waiting up to %.0f s for a node", shortage, timeout_s)
+            is_told = True
+        sleep(1.0)
+
+
+def _gpus_per_replica(nodes: Sequence[Node], spec: ClusterSpec, device: str) -> float:
+    if spec.gpus_per_replica != "auto":
+        return spec.gpus_per_replica
+    if device == "auto":
+        return 1.0 if any(node.num_gpus for node in nodes) else 0.0
+    return 1.0 if device == "cuda" else 0.0
+
+
+def _fits(node: Node, num_cpus: float, num_gpus: float) -> int:
+    """How many replicas the node carries; Ray counts in 1/10000, so a rounding error is forgiven."""
+    by_cpu = int(node.num_cpus / num_cpus + 1e-4)
+    if not num_gpus:
+        return by_cpu
+    if num_gpus >= 1:
+        return min(by_cpu, int(node.num_gpus / num_gpus + 1e-4))
+    return min(by_cpu, int(node.num_gpus) * int(1 / num_gpus + 1e-4))  # a share is of one device
+
+
+def _describe_shortage(nodes: Sequence[Node], placement: Placement) -> str:
+    need = f"a replica needs {_amount(placement.num_cpus, placement.num_gpus)}"
+    if not nodes:
+        return f"{need}, and the cluster has no node"
+    largest = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
+    return f"{need}, and the largest node has {_amount(largest.num_cpus, largest.num_gpus)}"
+
+
+def _amount(num_cpus: float, num_gpus: float) -> str:
+    return f"{num_gpus:g} GPUs and {num_cpus:g} CPUs"
+
+
+def _connect(address: str) -> Cluster:
+    try:
+        if address == "local":
+            return _start_own("local")
+        if address != "auto" or os.environ.get("RAY_ADDRESS"):
+            return _join(None if address == "auto" else address)
+        return _join_or_start()
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"cluster.address {address}: Ray cannot be reached or started: {error}") from error
+
+
+def _join_or_start() -> Cluster:
+    try:
+        # Joins what `ray start` left here, but never another process's private cluster.
+        return _start_own(None)
+    except ValueError:  # Ray's refusal of start-up settings: there is a cluster
+        pass
+    try:
+        return _join(None)
+    except ConnectionError:  # the address of one that is gone
+        logger.info("the cluster that ran here is gone; starting one for this run")
+        return _start_own("local")
+
+
+def _start_own(address: str | None) -> Cluster:
+    ray.init(
+        address=address,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+    return Cluster(is_own=True)
+
+
+def _join(address: str | None) -> Cluster:
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    return Cluster(is_own=False)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray's init puts its own handler on SIGTERM, which would end a run without draining."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

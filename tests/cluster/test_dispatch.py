@@ -1,0 +1,297 @@
+import pytest
+
+from b2batch.cluster.dispatch import (
+    CheckCommitted,
+    Dispatcher,
+    DispatchPolicy,
+    Fail,
+    Finish,
+    KillReplica,
+    Lease,
+    Loss,
+    StartReplica,
+)
+from b2batch.errors import ClusterError, DriftError, ModelError, UnitFailed
+from b2batch.rows import UnitCounts, UnitReport
+
+ONE_ROW = UnitCounts(num_ok=1)
+
+
+def make(num_units=10, num_replicas=2, **policy):
+    policy = {"start_timeout_s": 60.0, **policy}
+    return Dispatcher(range(num_units), DispatchPolicy(num_replicas=num_replicas, **policy))
+
+
+def started(num_units=10, num_replicas=2, **policy):
+    """A dispatcher whose replicas are all ready, and the leases they got."""
+    dispatcher = make(num_units, num_replicas, **policy)
+    starts = dispatcher.start(0.0)
+    leases = [lease for s in starts for lease in dispatcher.on_replica_ready(s.replica_id, 0.0)]
+    return dispatcher, leases
+
+
+def done(lease, counts=ONE_ROW):
+    return lease.replica_id, UnitReport(lease.unit_index, lease.attempt, counts)
+
+
+def failed(lease, code="OSError", message="no luck"):
+    return lease.replica_id, UnitReport(
+        lease.unit_index, lease.attempt, error=(code, message, "Traceback: x")
+    )
+
+
+def of(kind, actions):
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def run_to_end(dispatcher, leases):
+    """Every lease is answered at once; the last actions."""
+    todo = list(leases)
+    actions = []
+    while todo:
+        actions = dispatcher.on_report(*done(todo.pop(0)))
+        todo += of(Lease, actions)
+    return actions
+
+
+@pytest.mark.parametrize(("num_units", "num_replicas"), [(1, 1), (1, 5), (10, 2), (100_000, 100)])
+def test_all_units_are_computed_once_when_nothing_fails(num_units, num_replicas):
+    dispatcher, leases = started(num_units, num_replicas)
+    assert run_to_end(dispatcher, leases) == [Finish()]
+    assert dispatcher.counts.num_ok == num_units
+
+
+def test_nothing_to_do_finishes_without_a_replica():
+    assert make(0).start(0.0) == [Finish()]
+
+
+def test_no_more_replicas_than_units():
+    assert make(num_units=1, num_replicas=8).start(0.0) == [StartReplica(0)]
+
+
+def test_a_replica_holds_at_most_max_leases():
+    dispatcher, leases = started(num_units=10, num_replicas=1, max_leases=3)
+    assert len(leases) == 3
+    assert len(of(Lease, dispatcher.on_report(*done(leases[0])))) == 1
+
+
+def test_units_of_a_lost_replica_are_checked_then_leased_again():
+    dispatcher, leases = started(num_units=4)
+    lost = [lease.unit_index for lease in leases if lease.replica_id == 0]
+    actions = dispatcher.on_replica_lost(0, Loss.CRASH, "killed", 1.0)
+    assert actions == [*map(CheckCommitted, lost), StartReplica(2)]
+    dispatcher.on_unit_checked(lost[0], None)
+    dispatcher.on_unit_checked(lost[1], ONE_ROW)
+    assert dispatcher.on_replica_ready(2, 2.0) == [Lease(2, lost[0], 2)]
+    assert dispatcher.num_committed == 1
+
+
+def test_waiting_replicas_take_what_came_back():
+    dispatcher, leases = started(num_units=2, max_leases=1)
+    dispatcher.on_report(*done(leases[0]))
+    dispatcher.on_replica_lost(1, Loss.NODE, "", 1.0)
+    assert of(Lease, dispatcher.on_unit_checked(leases[1].unit_index, None)) == [
+        Lease(0, leases[1].unit_index, 2)
+    ]
+
+
+def test_a_late_commit_of_a_replaced_replica_counts_and_a_late_failure_does_not():
+    dispatcher, leases = started(num_units=2, num_replicas=1)
+    dispatcher.on_replica_lost(0, Loss.HANG, "", 1.0)
+    for lease in leases:
+        dispatcher.on_unit_checked(lease.unit_index, None)
+    again = dispatcher.on_replica_ready(1, 2.0)
+    assert dispatcher.on_report(*failed(leases[0])) == []
+    assert dispatcher.on_report(*done(leases[1])) == []
+    assert dispatcher.num_committed == 1
+    assert dispatcher.on_report(*done(again[1])) == []
+    assert dispatcher.on_report(*done(again[0])) == [Finish()]
+    assert dispatcher.counts.num_ok == 2
+
+
+def test_a_failed_unit_is_tried_on_another_replica():
+    dispatcher, leases = started(num_units=2, max_leases=1)
+    dispatcher.on_report(*done(leases[1]))
+    assert dispatcher.on_report(*failed(leases[0])) == [Lease(1, leases[0].unit_index, 2)]
+
+
+def test_a_unit_that_always_fails_ends_the_run_with_its_error():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    for _ in range(2):
+        [lease] = dispatcher.on_report(*failed(lease))
+    [fail] = dispatcher.on_report(*failed(lease, message="disk on fire"))
+    assert isinstance(fail.error, UnitFailed)
+    assert "unit 0" in str(fail.error)
+    assert "disk on fire" in str(fail.error)
+
+
+def test_an_error_that_no_retry_mends_ends_the_run_at_once_as_itself():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    [fail] = dispatcher.on_report(*failed(lease, code="DriftError", message="rows.jsonl changed"))
+    assert isinstance(fail.error, DriftError)
+
+
+def test_a_unit_that_kills_three_replicas_is_named_and_its_neighbours_are_not():
+    dispatcher, leases = started(num_units=6, num_replicas=2)
+    poison, fail, now_s = leases[0].unit_index, [], 0.0
+    replicas, held = {0, 1}, {lease.unit_index: lease for lease in leases}
+    while not fail:
+        now_s += 1.0
+        if poison in held:
+            victim = held[poison].replica_id
+            actions = dispatcher.on_replica_lost(victim, Loss.CRASH, "signal 9", now_s)
+            held = {unit: lease for unit, lease in held.items() if lease.replica_id != victim}
+        else:
+            lease = held.pop(next(iter(held)))
+            actions = dispatcher.on_report(*done(lease))
+        while actions:
+            action = actions.pop(0)
+            match action:
+                case Lease():
+                    held[action.unit_index] = action
+                case CheckCommitted(unit):
+                    actions += dispatcher.on_unit_checked(unit, None)
+                case StartReplica(replica_id):
+                    replicas.add(replica_id)
+                    actions += dispatcher.on_replica_ready(replica_id, now_s)
+                case Fail():
+                    fail.append(action)
+        actions = dispatcher.on_tick(now_s)
+        for start in of(StartReplica, actions):
+            for lease in of(Lease, dispatcher.on_replica_ready(start.replica_id, now_s)):
+                held[lease.unit_index] = lease
+    assert isinstance(fail[0].error, ClusterError)
+    assert f"unit {poison}:" in str(fail[0].error)
+    assert "signal 9" in str(fail[0].error)
+
+
+def test_a_dead_node_is_not_held_against_its_units():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    for round_ in range(4):
+        now_s = 100.0 * (round_ + 1)
+        actions = dispatcher.on_replica_lost(lease.replica_id, Loss.NODE, "", now_s)
+        assert dispatcher.on_unit_checked(0, None) == []
+        [start] = of(StartReplica, actions + dispatcher.on_tick(now_s + 31))
+        [lease] = dispatcher.on_replica_ready(start.replica_id, now_s + 31)
+    assert dispatcher.on_report(*done(lease)) == [Finish()]
+
+
+def test_deaths_without_a_commit_spend_the_budget_and_a_commit_restores_it():
+    dispatcher, _ = started(num_units=100, num_replicas=1)
+    num_deaths, now_s, replica_id = 0, 0.0, 0
+    while True:
+        actions = dispatcher.on_replica_lost(replica_id, Loss.NODE, "gone", now_s)
+        num_deaths += 1
+        if of(Fail, actions):
+            break
+        now_s += 31
+        [start] = of(StartReplica, actions + dispatcher.on_tick(now_s))
+        replica_id = start.replica_id
+        leases = dispatcher.on_replica_ready(replica_id, now_s)
+        if num_deaths == 5:
+            dispatcher.on_report(*done(leases[0]))
+    assert num_deaths == 5 + 7
+
+
+def test_repeated_deaths_are_replaced_more_and_more_slowly():
+    dispatcher, _ = started(num_replicas=1)
+    assert of(StartReplica, dispatcher.on_replica_lost(0, Loss.CRASH, "", 1.0))
+    dispatcher.on_replica_ready(1, 2.0)
+    assert not of(StartReplica, dispatcher.on_replica_lost(1, Loss.CRASH, "", 3.0))
+    assert not of(StartReplica, dispatcher.on_tick(3.5))
+    assert of(StartReplica, dispatcher.on_tick(4.0))
+
+
+def test_a_model_that_cannot_load_ends_the_run_with_its_own_words():
+    dispatcher = make(num_replicas=2)
+    dispatcher.start(0.0)
+    error = ("RuntimeError", "no kernel image", "Traceback: y")
+    assert not of(Fail, dispatcher.on_replica_failed_to_start(0, error, 1.0))
+    [fail] = of(Fail, dispatcher.on_replica_failed_to_start(1, error, 1.0))
+    assert isinstance(fail.error, ClusterError)
+    assert str(fail.error).count("no kernel image") == 1
+
+
+def test_the_callers_fault_at_start_keeps_its_class():
+    dispatcher = make(num_replicas=4)
+    dispatcher.start(0.0)
+    [fail] = of(Fail, dispatcher.on_replica_failed_to_start(0, ("ModelError", "no config.json", ""), 1.0))
+    assert isinstance(fail.error, ModelError)
+
+
+def test_half_the_replicas_may_fail_to_start():
+    dispatcher = make(num_units=8, num_replicas=4)
+    dispatcher.start(0.0)
+    leases, error = [], ("RuntimeError", "bad device", "")
+    for replica_id in (0, 1):
+        assert not of(Fail, dispatcher.on_replica_failed_to_start(replica_id, error, 1.0))
+    for replica_id in (2, 3):
+        leases += dispatcher.on_replica_ready(replica_id, 2.0)
+    assert run_to_end(dispatcher, leases) == [Finish()]
+
+
+def test_no_replica_in_time_ends_the_run():
+    dispatcher = make(start_timeout_s=60.0)
+    dispatcher.start(0.0)
+    now_s = 0.0
+    while not (fails := of(Fail, dispatcher.on_tick(now_s))):
+        now_s += 1.0
+    assert now_s == 60.0
+    assert isinstance(fails[0].error, ClusterError)
+
+
+def tick_until(dispatcher, now_s, kind, until_s):
+    while now_s < until_s:
+        now_s += 1.0
+        if found := of(kind, dispatcher.on_tick(now_s)):
+            return now_s, found
+    return now_s, []
+
+
+def test_a_silent_replica_with_leases_is_killed_and_replaced():
+    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0)
+    dispatcher.on_heartbeat(0, 1, 5.0)
+    now_s, kills = tick_until(dispatcher, 0.0, KillReplica, 100.0)
+    assert (now_s, kills[0].replica_id) == (25.0, 0)
+    assert dispatcher.num_starting == 1
+
+
+def test_a_replica_that_answers_but_does_not_move_is_killed_later():
+    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0, stall_timeout_s=50.0)
+    killed_s = None
+    for now_s in range(1, 100):
+        dispatcher.on_heartbeat(0, 7, float(now_s))
+        if of(KillReplica, dispatcher.on_tick(float(now_s))):
+            killed_s = now_s
+            break
+    assert killed_s == 51
+
+
+def test_a_driver_that_slept_blames_nobody():
+    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0)
+    assert dispatcher.on_tick(1.0) == []
+    assert dispatcher.on_tick(5000.0) == []
+
+
+def test_a_straggler_is_copied_once_and_the_first_commit_wins():
+    dispatcher, leases = started(num_units=3, num_replicas=2, max_leases=1)
+    slow = next(lease for lease in leases if lease.replica_id == 1)
+    dispatcher.on_tick(1.0)
+    lease = next(lease for lease in leases if lease.replica_id == 0)
+    while lease is not None:
+        lease = next(iter(of(Lease, dispatcher.on_report(*done(lease)))), None)
+    assert of(Lease, dispatcher.on_tick(1.2)) == []
+    [copy] = of(Lease, dispatcher.on_tick(2.0))
+    assert copy == Lease(0, slow.unit_index, 2)
+    assert of(Lease, dispatcher.on_tick(9.0)) == []
+    assert dispatcher.on_report(*done(copy)) == [Finish()]
+    assert dispatcher.on_report(*done(slow)) == []
+    assert dispatcher.counts.num_ok == 3
+
+
+def test_draining_leases_and_starts_nothing_more():
+    dispatcher, leases = started(num_units=10)
+    dispatcher.on_stop()
+    assert dispatcher.on_report(*done(leases[0])) == []
+    assert of(StartReplica, dispatcher.on_replica_lost(1, Loss.CRASH, "", 1.0)) == []
+    assert dispatcher.on_tick(2.0) == []
