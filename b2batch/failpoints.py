@@ -1,0 +1,47 @@
+"""Places where a process can be told to die, so that each step of the commit is proved by a crash.
+
+``B2BATCH_FAILPOINT="F8:kill"`` kills this process with SIGKILL when it first passes F8, and
+``"F8:kill:3"`` when it passes it the third time. Read once, at import; unset, a failpoint is an empty call.
+
+    F1   before run.json                    F8   part staged and on disk, not yet linked
+    F2   after run.json, before the plan    F9   after the link, before the reply
+    F3   epoch taken, no heartbeat yet      F10  before finalise reads the parts
+    F4   before a unit is read              F11  during finalise: parts counted, error list not written
+    F5   in the middle of generation        F12  before _SUCCESS
+    F6   unit generated, nothing staged     F13  after _SUCCESS
+    F7   in the middle of the staged write
+
+F8 and F9 are passed at every exclusive creation, F7 at every staged write: in a replica these are its
+parts, in a driver the files of a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+from collections.abc import Callable
+
+VARIABLE = "B2BATCH_FAILPOINT"
+
+
+def _armed(setting: str) -> Callable[[str], None]:
+    match = re.fullmatch(r"(F(?:[1-9]|1[0-3])):kill(?::([1-9]\d*))?", setting)
+    if match is None:
+        raise ValueError(f"{VARIABLE}={setting!r}: expected F1..F13, then :kill, then optionally :N")
+    target, last_passing = match[1], int(match[2] or 1)
+    passings = itertools.count(1)
+
+    def pass_by(name: str) -> None:
+        if name == target and next(passings) == last_passing:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return pass_by
+
+
+def _unarmed(name: str) -> None:
+    """Nothing is asked for: go on."""
+
+
+failpoint: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _unarmed

@@ -1,0 +1,162 @@
+"""From all parts to ``_SUCCESS``. A function of the parts alone, so that any crash within is done over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from b2batch.errors import IntegrityError
+from b2batch.failpoints import failpoint
+from b2batch.outputs.document import encode_document
+from b2batch.outputs.footer import PartFooter, check_footer, read_footer, read_part_footer
+from b2batch.outputs.generation import parts_of
+from b2batch.outputs.layout import SUCCESS, part_name
+from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
+from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units, shown_names
+from b2batch.outputs.schema import find_own
+from b2batch.outputs.store import Store
+from b2batch.outputs.success import PartDigest, Success, allowed_errors
+from b2batch.rows import UnitCounts, WorkUnit
+
+MAX_LISTED_ERRORS = 10_000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _PartAccount:
+    name: str
+    sha256: str
+    footer: PartFooter
+
+
+def finalise(
+    directory: RunDirectory,
+    units: Sequence[WorkUnit],
+    schema: pa.Schema,
+    *,
+    num_skipped_blank: int,
+    max_error_rate: float,
+) -> Success:
+    """Check that every planned row stands in a part, then write the error list and ``_SUCCESS``.
+
+    Parts that late writers of a replaced run left are removed; other foreign files are reported, never
+    counted. A finished run may be finalised again: ``partial`` then follows today's ``max_error_rate``.
+
+    Raises:
+        IntegrityError: a unit has no part, a part is not its unit's, or rows in and out differ.
+        ErrorBudgetExceeded: everything is written, but more rows failed than are allowed.
+        Fenced: the run was replaced meanwhile.
+    """
+    failpoint("F10")
+    if not units:
+        _commit_empty_part(directory, schema)
+    _set_foreign_aside(directory)
+    accounts = _account_for(directory, units)
+    counts = sum((account.footer.counts for account in accounts), UnitCounts())
+    num_planned = sum(unit.num_rows for unit in units)
+    if counts.num_rows != num_planned:
+        raise IntegrityError(f"{num_planned} rows were planned, {counts.num_rows} stand in the parts")
+    failpoint("F11")
+    errors = b"".join(islice(_error_lines(directory.store, accounts), MAX_LISTED_ERRORS))
+    directory.store.put(directory.keys.errors, errors)
+    success = Success(
+        run_id=directory.record.run_id,
+        counts=counts,
+        num_skipped_blank=num_skipped_blank,
+        partial=counts.num_error > allowed_errors(counts.num_rows, max_error_rate),
+        parts={account.name: PartDigest(account.sha256, account.footer.num_rows) for account in accounts},
+    )
+    _remove_staged(directory)
+    failpoint("F12")
+    _write_success(directory, success)
+    failpoint("F13")
+    success.check_budget(max_error_rate)
+    return success
+
+
+def _commit_empty_part(directory: RunDirectory, schema: pa.Schema) -> None:
+    """An input without rows still gives an output with a schema."""
+    (unit,) = planned_units(()).values()
+    origin = PartOrigin(
+        run_id=directory.record.run_id,
+        file={},
+        epoch=0,
+        attempt=1,
+        worker_id="driver",
+        provenance=directory.record.provenance,
+    )
+    commit_part(directory.store, encode_part(unit, (), schema.empty_table(), (), schema, origin))
+
+
+def _set_foreign_aside(directory: RunDirectory) -> None:
+    replaced = tuple(run8 for run8 in directory.generation.replaces if run8 != directory.record.run8)
+    for name in parts_of(directory.store, replaced):
+        directory.store.delete(name)
+    foreign = directory.foreign_files()
+    if foreign:
+        _log.warning("%s holds files that are not of this run: %s", directory.store.uri, shown_names(foreign))
+
+
+def _account_for(directory: RunDirectory, units: Sequence[WorkUnit]) -> list[_PartAccount]:
+    """What each planned unit's part holds, in unit order; IntegrityError unless parts and units match."""
+    planned = planned_units(units)
+    there = directory.part_names()
+    missing = sorted(part_name(index, directory.record.run8) for index in planned.keys() - there.keys())
+    if missing:
+        raise IntegrityError(f"{directory.store.uri}: not committed: {shown_names(missing)}")
+    unplanned = sorted(there[index] for index in there.keys() - planned.keys())
+    if unplanned:
+        raise IntegrityError(f"{directory.store.uri}: not in the plan of this run: {shown_names(unplanned)}")
+
+    def account(index: int) -> _PartAccount:
+        data = directory.store.read(there[index])
+        footer = read_footer(data, there[index])
+        check_footer(footer, directory.record.run_id, planned[index], there[index])
+        return _PartAccount(there[index], hashlib.sha256(data).hexdigest(), footer)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(account, sorted(planned)))
+
+
+def _error_lines(store: Store, accounts: Sequence[_PartAccount]) -> Iterator[bytes]:
+    for account in accounts:
+        if account.footer.counts.num_error:
+            for error in read_errors(store, account.name):
+                yield json.dumps(error, ensure_ascii=False).encode() + b"\n"
+
+
+def read_errors(store: Store, name: str) -> Iterator[Mapping[str, Any]]:
+    """The failed rows of a part: row_id, input file, and the fields of their ``error``."""
+    footer = read_part_footer(store, name)
+    with store.open(name) as file:
+        parquet = pq.ParquetFile(file)
+        row_id, error = (find_own(parquet.schema_arrow, column) for column in ("row_id", "error"))
+        table = parquet.read(columns=[row_id, error])
+    for row in table.filter(table.column(error).is_valid()).to_pylist():
+        yield {"row_id": row[row_id], "file": footer.file.get("path"), **row[error]}
+
+
+def _remove_staged(directory: RunDirectory) -> None:
+    """All units are committed: whoever still stages something has lost its race."""
+    for key, _ in list(directory.store.list(f"{directory.keys.staging}/")):
+        directory.store.delete(key)
+
+
+def _write_success(directory: RunDirectory, success: Success) -> None:
+    document = encode_document(success.to_document())
+    if directory.store.put_if_absent(SUCCESS, document):
+        return
+    found = directory.success()
+    if found is None or found.parts != success.parts:
+        raise IntegrityError(f"{directory.store.uri}: the parts are not those that {SUCCESS} lists")
+    if found != success:  # the error budget was changed
+        directory.store.put(SUCCESS, document)

@@ -1,0 +1,72 @@
+"""Where everything stands in an output directory; every key the package writes is named here.
+
+part-000123-1f3a9c7e.parquet       unit 123 of run 1f3a9c7e…; exists exactly when it is committed
+_SUCCESS                           last
+__b2batch/gen-0001.json            which run this directory holds (highest number)
+__b2batch/1f3a9c7e/run.json        what the run was made from
+__b2batch/1f3a9c7e/plan.parquet    its units
+__b2batch/1f3a9c7e/epoch/00000003.json    one a driver start
+__b2batch/1f3a9c7e/heartbeat.json  the lease of the newest epoch
+__b2batch/1f3a9c7e/status.json     progress, exit reason
+__b2batch/1f3a9c7e/errors.jsonl    the first failed rows, for eyes
+__b2batch/1f3a9c7e/tmp/            staging; removing it fences the writers of a replaced run
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+META = "__b2batch"
+SUCCESS = "_SUCCESS"
+PART_PREFIX = "part-"
+_PART_NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{8})\.parquet")
+_GENERATION_KEY = re.compile(rf"{META}/gen-(\d{{4,}})\.json")
+
+
+class PartName(NamedTuple):
+    """What the name of a part says."""
+
+    unit_index: int
+    run8: str
+
+
+def part_name(unit_index: int, run8: str) -> str:
+    """The one name under which a unit of a run can be committed."""
+    return f"{PART_PREFIX}{unit_index:06d}-{run8}.parquet"
+
+
+def parse_part_name(key: str) -> PartName | None:
+    """The unit and run that ``key`` names, or None where it is not a part's name."""
+    match = _PART_NAME.fullmatch(key)
+    name = match and PartName(int(match[1]), match[2])
+    return name if name and part_name(*name) == key else None
+
+
+def generation_key(number: int) -> str:
+    """The key of generation ``number`` (from 1)."""
+    return f"{META}/gen-{number:04d}.json"
+
+
+def parse_generation_key(key: str) -> int | None:
+    """The generation number that ``key`` names, or None."""
+    match = _GENERATION_KEY.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+class RunKeys:
+    """The keys of one run under ``__b2batch/``."""
+
+    def __init__(self, run8: str) -> None:
+        self.root = f"{META}/{run8}"
+        self.record = f"{self.root}/run.json"
+        self.plan = f"{self.root}/plan.parquet"
+        self.epochs = f"{self.root}/epoch/"
+        self.heartbeat = f"{self.root}/heartbeat.json"
+        self.status = f"{self.root}/status.json"
+        self.errors = f"{self.root}/errors.jsonl"
+        self.staging = f"{self.root}/tmp"
+
+    def epoch(self, number: int) -> str:
+        """The key of epoch ``number`` (from 1)."""
+        return f"{self.epochs}{number:08d}.json"

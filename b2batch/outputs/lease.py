@@ -1,0 +1,203 @@
+"""One driver at a time: an epoch is one start of a driver, and the newest epoch holds the lease.
+
+An epoch is taken by creating its file exclusively. Its holder rewrites the heartbeat; whoever finds the
+heartbeat older than the TTL, released, or left by a process that is gone from this very host, may take
+the next epoch. Ages come from the store's clock, never from two hosts' clocks. The lease saves work,
+it does not guard rows: two drivers past an expired lease are kept apart by the exclusive creation of parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from b2batch.errors import Fenced, IntegrityError, RunLocked
+from b2batch.failpoints import failpoint
+from b2batch.outputs.document import encode_document, read_document
+from b2batch.outputs.layout import RunKeys
+from b2batch.outputs.store import Store
+
+LEASE_TTL_S = 60.0
+BEAT_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that took an epoch. ``host_id`` tells its boot and pid namespace; empty: unknown."""
+
+    host: str
+    host_id: str
+    pid: int
+    pid_start: str
+    job_id: str
+    started: str
+
+    @classmethod
+    def this_process(cls, job_id: str = "") -> Self:
+        """This process; ``job_id`` is what its scheduler calls the job."""
+        return cls(
+            host=socket.gethostname(),
+            host_id=_host_id(),
+            pid=os.getpid(),
+            pid_start=_pid_start(os.getpid()) or "",
+            job_id=job_id,
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this host can tell for certain that the process has ended."""
+        if not self.host_id or self.host_id != _host_id():
+            return False
+        return _pid_start(self.pid) != self.pid_start
+
+    def __str__(self) -> str:
+        job = f", job {self.job_id}" if self.job_id else ""
+        return f"pid {self.pid} on {self.host}{job}, started {self.started}"
+
+
+class Epoch:
+    """The lease of a run, held by this driver until ``close``.
+
+    ``beat`` and ``check_not_fenced`` are cheap enough for every turn of a driver's loop; both raise
+    Fenced once a newer epoch exists. Leaving the context frees the lease at once.
+    """
+
+    def __init__(
+        self, store: Store, run8: str, number: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.number = number
+        self._store = store
+        self._run8 = run8
+        self._keys = RunKeys(run8)
+        self._clock = clock
+        self._next_beat_s = clock()
+
+    def beat(self) -> None:
+        """Renew the lease; writes at most once in BEAT_INTERVAL_S."""
+        if self._clock() < self._next_beat_s:
+            return
+        self.check_not_fenced()
+        self._write_heartbeat(released=False)
+        self._next_beat_s = self._clock() + BEAT_INTERVAL_S
+
+    def check_not_fenced(self) -> None:
+        """Raise Fenced when another driver took the run over, or replaced it."""
+        newest = _newest_epoch(self._store, self._run8)
+        if newest != self.number:
+            successor = f"epoch {newest} took it over" if newest > self.number else "its files are gone"
+            raise Fenced(f"epoch {self.number} of run {self._run8} is no longer this driver's: {successor}")
+
+    def close(self) -> None:
+        """Give the lease back; the next driver need not wait. May be called again."""
+        with contextlib.suppress(Fenced):  # then it is another driver's already
+            self.check_not_fenced()
+            self._write_heartbeat(released=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_heartbeat(self, released: bool) -> None:
+        document = {"epoch": self.number, "released": released}
+        self._store.put(self._keys.heartbeat, encode_document(document))
+
+
+def take_epoch(store: Store, run8: str, job_id: str = "", takeover: bool = False) -> Epoch:
+    """Become the driver of a run; removes what dead writers left in its staging directory.
+
+    Raises:
+        RunLocked: another driver is alive, or was heard of less than LEASE_TTL_S ago, and
+            ``takeover`` is not set; or another driver won the race for the next epoch.
+    """
+    keys = RunKeys(run8)
+    newest = _newest_epoch(store, run8)
+    if newest and not takeover:
+        _refuse_live_lease(store, run8, newest)
+    owner = Owner.this_process(job_id)
+    if not store.put_if_absent(keys.epoch(newest + 1), encode_document(asdict(owner))):
+        winner = _read_owner(store, run8, newest + 1)
+        raise RunLocked(f"{store.uri}: another driver was a moment faster: {winner}")
+    failpoint("F3")
+    epoch = Epoch(store, run8, newest + 1)
+    epoch.beat()
+    _collect_orphans(store, keys)
+    return epoch
+
+
+def _newest_epoch(store: Store, run8: str) -> int:
+    stems = (Path(key).stem for key, _ in store.list(RunKeys(run8).epochs))
+    return max((int(stem) for stem in stems if stem.isdigit()), default=0)
+
+
+def _refuse_live_lease(store: Store, run8: str, number: int) -> None:
+    keys = RunKeys(run8)
+    owner = _read_owner(store, run8, number)
+    ages_s = [store.age_s(keys.epoch(number))]
+    heartbeat = _read_heartbeat(store, keys)
+    if heartbeat.get("epoch") == number:
+        if heartbeat.get("released"):
+            return
+        ages_s.append(store.age_s(keys.heartbeat))
+    if owner.is_gone or min(ages_s) > LEASE_TTL_S:
+        return
+    raise RunLocked(
+        f"{store.uri}: run {run8} is being worked on by epoch {number}: {owner}; last heartbeat "
+        f"{min(ages_s):.0f} s ago, the lease ends {LEASE_TTL_S:.0f} s after the last one. "
+        "If that driver is surely dead, --takeover does not wait."
+    )
+
+
+def _read_owner(store: Store, run8: str, number: int) -> Owner:
+    try:
+        return Owner(**read_document(store, RunKeys(run8).epoch(number)))
+    except TypeError as error:
+        raise IntegrityError(f"epoch {number} of run {run8} is damaged: {error}") from error
+
+
+def _read_heartbeat(store: Store, keys: RunKeys) -> Mapping[str, Any]:
+    try:
+        return read_document(store, keys.heartbeat)
+    except FileNotFoundError:  # the driver died between its epoch and its first beat
+        return {}
+
+
+def _collect_orphans(store: Store, keys: RunKeys) -> None:
+    """Remove staged files that nobody can still be writing: older than the TTL."""
+    for key, _ in list(store.list(f"{keys.staging}/")):
+        try:
+            orphaned = store.age_s(key) > LEASE_TTL_S
+        except FileNotFoundError:  # its writer finished meanwhile
+            continue
+        if orphaned:
+            store.delete(key)
+
+
+def _host_id() -> str:
+    """This boot of this host, and the pid namespace: where two pids can be compared. Linux only."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _pid_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None when it has ended, reaped or not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]

@@ -1,0 +1,230 @@
+"""The directory of one run: opened by a driver, it is new, resumed, finished, or refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Self
+
+from b2batch.errors import IntegrityError, OutputError, RunLocked
+from b2batch.failpoints import failpoint
+from b2batch.outputs.document import encode_document, read_document
+from b2batch.outputs.drift import check_drift, diff_values
+from b2batch.outputs.generation import Generation, create_generation, erase_replaced, latest_generation
+from b2batch.outputs.layout import META, PART_PREFIX, SUCCESS, RunKeys, parse_part_name
+from b2batch.outputs.lease import Epoch, take_epoch
+from b2batch.outputs.parts import EMPTY_UNIT, find_part
+from b2batch.outputs.record import RunRecord
+from b2batch.outputs.store import Store
+from b2batch.outputs.success import Success
+from b2batch.rows import UnitCounts, UnitReport, WorkUnit
+
+READ_THREADS = 8
+_SHOWN_NAMES = 5
+_log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """One run in its output directory: which units are committed, who drives it, whether it is done."""
+
+    def __init__(self, store: Store, record: RunRecord, generation: Generation) -> None:
+        self.store = store
+        self.record = record
+        self.generation = generation
+        self.keys = RunKeys(record.run8)
+
+    @classmethod
+    def open(
+        cls,
+        store: Store,
+        record: RunRecord,
+        plan: bytes,
+        *,
+        overwrite: bool = False,
+        allow_foreign: bool = False,
+    ) -> Self:
+        """Start the run that ``record`` describes, or go on with it. A finished run is only read.
+
+        ``overwrite`` replaces another run, and does a finished one again; an unfinished run of the same
+        identity is gone on with all the same, so that a crashed overwrite can be repeated. Files that
+        belong to no run are never removed.
+
+        Args:
+            store: opened for ``record.run_id``.
+            plan: the content of ``plan.parquet``, whose digest stands in ``record``.
+
+        Raises:
+            DriftError: the directory holds a run of another input or config; says what differs.
+            OutputError: it cannot be written, or holds files of no run and ``allow_foreign`` is not set.
+            RunLocked: the run to be replaced has a live driver.
+        """
+        current = latest_generation(store)
+        if current is None:
+            if not allow_foreign:
+                _refuse_foreign(store)
+            store.probe()
+            _write_run(store, record, plan)
+            create_generation(store, Generation(1, record.run_id))
+            return cls.open(store, record, plan)  # another driver may have been first: its run decides
+        is_same = current.run_id == record.run_id
+        is_finished = current.erased and store.exists(SUCCESS)
+        if overwrite and (is_finished or not is_same):
+            _replace(store, current, record, plan)
+            return cls.open(store, record, plan)
+        if not is_same:
+            check_drift(_read_record(store, current), record, store.uri)
+        if not is_finished:
+            _resume(store, current, record, plan)
+        return cls(store, record, latest_generation(store) or current)
+
+    @classmethod
+    def existing(cls, store: Store) -> Self:
+        """The run that the directory holds, for reading; OutputError when it holds none."""
+        current = latest_generation(store)
+        if current is None:
+            raise OutputError(f"{store.uri} holds no b2batch run")
+        return cls(store, _read_record(store, current), current)
+
+    def take_epoch(self, job_id: str = "", takeover: bool = False) -> Epoch:
+        """Become this run's driver; see ``lease.take_epoch``."""
+        return take_epoch(self.store, self.record.run8, job_id, takeover)
+
+    def read_plan(self) -> bytes:
+        """The content of ``plan.parquet``."""
+        return self.store.read(self.keys.plan)
+
+    def success(self) -> Success | None:
+        """What ``_SUCCESS`` says of this run, or None while it is not finished."""
+        if not self.generation.erased:
+            return None
+        try:
+            success = Success.from_document(read_document(self.store, SUCCESS))
+        except FileNotFoundError:
+            return None
+        if success.run_id != self.record.run_id:
+            raise IntegrityError(
+                f"{self.store.uri}/{SUCCESS} is of run {success.run_id[:8]}, not of {self.record.run8}"
+            )
+        return success
+
+    def part_names(self) -> dict[int, str]:
+        """Unit index → name of each part of this run that is there, by one listing."""
+        names = ((key, parse_part_name(key)) for key, _ in self.store.list(PART_PREFIX))
+        return {name.unit_index: key for key, name in names if name and name.run8 == self.record.run8}
+
+    def committed_units(self, units: Sequence[WorkUnit]) -> dict[int, UnitCounts]:
+        """What is committed of the planned ``units``: unit index → counts. Reads footers only.
+
+        Raises:
+            IntegrityError: a part is damaged or is not the planned unit's; names the part.
+        """
+        planned = planned_units(units)
+        there = self.part_names()
+        unplanned = sorted(name for index, name in there.items() if index not in planned)
+        if unplanned:
+            raise IntegrityError(f"{self.store.uri}: not in the plan of this run: {shown_names(unplanned)}")
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            reports = pool.map(self._find_or_advise, [planned[index] for index in sorted(there)])
+            return {report.unit_index: report.counts for report in reports}
+
+    def find_part(self, unit: WorkUnit) -> UnitReport | None:
+        """The receipt of ``unit`` when it is committed, whoever committed it; else None.
+
+        Raises:
+            IntegrityError: what stands under its name is not its part.
+        """
+        try:
+            return find_part(self.store, self.record.run_id, unit)
+        except FileNotFoundError:
+            return None
+
+    def foreign_files(self) -> list[str]:
+        """Files of no part of this run that whoever reads the directory as a dataset takes in."""
+        return [key for key, _ in self.store.list("") if _is_visible(key) and not self._is_part(key)]
+
+    def _is_part(self, key: str) -> bool:
+        name = parse_part_name(key)
+        return name is not None and name.run8 == self.record.run8
+
+    def _find_or_advise(self, unit: WorkUnit) -> UnitReport:
+        try:
+            return find_part(self.store, self.record.run_id, unit)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{error}. `b2batch verify --repair` removes it, so that the next run makes it again."
+            ) from error
+
+
+def planned_units(units: Sequence[WorkUnit]) -> Mapping[int, WorkUnit]:
+    """The units that must each have a part, by index: for an empty plan one empty unit."""
+    return {unit.index: unit for unit in units or (EMPTY_UNIT,)}
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def _is_visible(key: str) -> bool:
+    """Whether readers of datasets (pyarrow, Spark, HF) look at ``key``."""
+    return not any(name.startswith(("_", ".")) for name in key.split("/"))
+
+
+def _refuse_foreign(store: Store) -> None:
+    foreign = (key for key, _ in store.list("") if not key.startswith(f"{META}/"))
+    names = list(itertools.islice(foreign, _SHOWN_NAMES))
+    if names:
+        raise OutputError(
+            f"{store.uri} holds files but no b2batch run: {', '.join(names)}. Choose an empty directory, or "
+            "--allow-foreign to write beside them; they are never removed."
+        )
+
+
+def _read_record(store: Store, generation: Generation) -> RunRecord:
+    try:
+        return RunRecord.from_document(read_document(store, RunKeys(generation.run8).record))
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{store.uri} holds run {generation.run8}, but {RunKeys(generation.run8).record} is gone"
+        ) from None
+
+
+def _write_run(store: Store, record: RunRecord, plan: bytes) -> None:
+    """Write ``run.json`` and the plan unless they stand there; the generation that names them comes after."""
+    keys = RunKeys(record.run8)
+    failpoint("F1")
+    if not store.put_if_absent(keys.record, encode_document(asdict(record))):
+        found = RunRecord.from_document(read_document(store, keys.record))
+        check_drift(found, record, f"{store.uri}/{keys.root}")
+        for line in diff_values(found.provenance, record.provenance):
+            _log.warning("this run was begun with another environment, bits may differ: %s", line)
+    failpoint("F2")
+    store.put_if_absent(keys.plan, plan)
+
+
+def _resume(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:
+    store.probe()
+    _write_run(store, record, plan)
+    if not current.erased:
+        with take_epoch(store, current.replaces[-1]) as epoch:
+            _erase(store, epoch)
+
+
+def _replace(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:
+    """Put ``record`` in the place of the current run, under that run's own lease: nobody else works on it."""
+    store.probe()
+    with take_epoch(store, current.run8) as epoch:
+        _write_run(store, record, plan)
+        if not create_generation(store, current.successor(record.run_id)):
+            raise RunLocked(f"{store.uri}: another driver is replacing run {current.run8}")
+        _erase(store, epoch)
+
+
+def _erase(store: Store, epoch: Epoch) -> None:
+    generation = latest_generation(store)  # read again under the lease: it may be done by now
+    if generation is not None:
+        erase_replaced(store, generation, epoch.beat)

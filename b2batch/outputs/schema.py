@@ -1,0 +1,106 @@
+"""The one Arrow schema of an output, fixed before the first row: carried input columns, then b2batch's own.
+
+An own column is told by its field metadata, not by its name, so that readers of a part find it whatever
+``output.prefix`` says.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import pyarrow as pa
+
+from b2batch.errors import SpecError
+from b2batch.spec import JobSpec
+
+_OWN = b"b2batch"
+
+_LOGPROBS = pa.list_(
+    pa.struct(
+        {
+            "token_id": pa.int32(),
+            "logprob": pa.float32(),
+            "top": pa.list_(pa.struct({"token_id": pa.int32(), "logprob": pa.float32()})),
+        }
+    )
+)
+_SAMPLES = pa.list_(
+    pa.struct({"text": pa.string(), "finish_reason": pa.string(), "num_generated_tokens": pa.int32()})
+)
+_ERROR = pa.struct(
+    {"type": pa.string(), "message": pa.string(), "stage": pa.string(), "attempts": pa.int32()}
+)
+
+
+def own_columns(spec: JobSpec) -> dict[str, pa.DataType]:
+    """b2batch's own columns of a job, by their names without the prefix, in output order."""
+    columns = {
+        "row_id": pa.string(),
+        "status": pa.string(),
+        "generated_text": pa.string(),
+        "finish_reason": pa.string(),
+        "num_input_tokens": pa.int32(),
+        "num_generated_tokens": pa.int32(),
+    }
+    if spec.sampling.n > 1:
+        columns["samples"] = _SAMPLES
+    if spec.sampling.logprobs is not None:
+        columns["logprobs"] = _LOGPROBS
+    return {**columns, "error": _ERROR}
+
+
+def output_schema(input_schema: pa.Schema, spec: JobSpec) -> pa.Schema:
+    """The schema of every part of a job.
+
+    Carried columns are nullable, since a record that cannot be read has none of them, and lose the
+    input's metadata, which describes another table.
+
+    Raises:
+        SpecError: a column of ``output.columns`` is not in the input, or a carried column has the
+            name of one of b2batch's own.
+    """
+    carried = [_carried_field(input_schema, name) for name in _carried_names(input_schema, spec)]
+    prefix = spec.output.prefix or ""
+    own = [
+        pa.field(prefix + name, type_, metadata={_OWN: name.encode()})
+        for name, type_ in own_columns(spec).items()
+    ]
+    taken = {field.name for field in own}
+    for field in carried:
+        if field.name in taken:
+            raise SpecError(
+                f"the input column {field.name!r} has the name of a column that b2batch writes: "
+                "set output.prefix, or leave it out of output.columns"
+            )
+    return pa.schema([*carried, *own])
+
+
+def own_name(field: pa.Field) -> str | None:
+    """The name without prefix of an own column, or None for a carried one."""
+    name = (field.metadata or {}).get(_OWN)
+    return name.decode() if name is not None else None
+
+
+def find_own(schema: pa.Schema, name: str) -> str:
+    """The name that own column ``name`` has in ``schema``; KeyError when it is not there."""
+    for field in schema:
+        if own_name(field) == name:
+            return str(field.name)
+    raise KeyError(name)
+
+
+def _carried_names(input_schema: pa.Schema, spec: JobSpec) -> list[str]:
+    chosen = spec.output.columns
+    names = list(input_schema.names if chosen is None else chosen)
+    for name in names:
+        if name not in input_schema.names:
+            near = difflib.get_close_matches(name, input_schema.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SpecError(f"output.columns: the input has no column {name!r}{hint}")
+        if names.count(name) > 1:
+            raise SpecError(f"output.columns: the column {name!r} stands twice")
+    return names
+
+
+def _carried_field(input_schema: pa.Schema, name: str) -> pa.Field:
+    return input_schema.field(name).remove_metadata().with_nullable(True)
