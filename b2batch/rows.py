@@ -27,7 +27,8 @@ class WorkUnit:
 
     ``first_row`` is the ordinal of the first row within its file (0-based, blank lines not
     counted). ``start`` and ``stop`` say where the rows stand: for JSONL a byte range of the
-    *decompressed* file, for Parquet a half-open range of row ordinals.
+    *decompressed* file, for Parquet a half-open range of row ordinals. ``num_blank_before`` counts
+    the blank lines of the file before the first row: what turns an ordinal into a line number.
     """
 
     index: int
@@ -36,6 +37,7 @@ class WorkUnit:
     num_rows: int
     start: int
     stop: int
+    num_blank_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,248 @@
+"""From a row's columns to its prompt: sandboxed jinja templates, or a column taken as it is.
+
+A prompt always has messages, and text too unless it was given as messages. The text form puts
+``system + "\\n\\n"`` first, then each example as ``user + assistant + "\\n\\n"``, then the row's own
+prompt. In message form the examples are user and assistant turns after the system message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from b2batch.errors import RowError, RowFault, SpecError, Stage
+from b2batch.inputs.schema import check_columns
+from b2batch.inputs.strict_json import json_type, shown
+from b2batch.spec import PromptSpec
+
+MAX_TEMPLATE_CHARS = 256 * 1024
+MAX_PROMPT_BYTES = 4 << 20
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row's prompt in chat form, and as plain ``text`` unless it was given as messages."""
+
+    messages: tuple[ChatMessage, ...]
+    text: str | None = None
+
+
+class PromptRenderer:
+    """Renders rows by a job's ``prompt`` section; templates are compiled once.
+
+    Raises:
+        SpecError: a template has a syntax error, is too long, or includes another.
+    """
+
+    def __init__(self, spec: PromptSpec) -> None:
+        self._spec = spec
+        self._examples = tuple(
+            ChatMessage(role, content)
+            for example in spec.examples
+            for role, content in (("user", example.user), ("assistant", example.assistant))
+        )
+        self._system = None if spec.system is None else _Template("prompt.system", spec.system)
+        self._template = None if spec.template is None else _Template("prompt.template", spec.template)
+        self._turns = [
+            (message.role, _Template(f"prompt.messages[{i}].content", message.content))
+            for i, message in enumerate(spec.messages or ())
+        ]
+
+    def check_columns(self, schema: pa.Schema) -> None:
+        """Refuse a prompt that uses a column which the input does not have.
+
+        Raises:
+            SpecError: names the setting, the column and the nearest ones there are.
+        """
+        if self._spec.column is not None:
+            check_columns(schema, [self._spec.column], "prompt.column")
+        for template in [self._system, self._template, *(template for _, template in self._turns)]:
+            if template is not None:
+                check_columns(schema, template.names, template.where)
+
+    def render(self, columns: Mapping[str, Any]) -> Prompt:
+        """The prompt of one row.
+
+        Raises:
+            RowError: the prompt is missing, empty, of the wrong type or too long, or its template failed.
+        """
+        system = None if self._system is None else self._system.render(columns)
+        if self._turns:
+            turns = tuple(ChatMessage(role, template.render(columns)) for role, template in self._turns)
+            return self._chat(system, turns)
+        if self._template is not None:
+            return self._plain(system, self._template.render(columns))
+        value = _column_value(columns, str(self._spec.column))
+        if isinstance(value, str):
+            return self._plain(system, value)
+        return self._chat(system, _as_messages(value, str(self._spec.column)))
+
+    def _plain(self, system: str | None, text: str) -> Prompt:
+        if not text.strip():
+            raise _row_error(RowFault.PROMPT_EMPTY, "the prompt is empty")
+        before = [] if system is None else [ChatMessage("system", system)]
+        shots = [f"{user.content}{assistant.content}\n\n" for user, assistant in _pairs(self._examples)]
+        opening = "" if system is None else f"{system}\n\n"
+        messages = (*before, *self._examples, ChatMessage("user", text))
+        return Prompt(messages, "".join([opening, *shots, text]))
+
+    def _chat(self, system: str | None, turns: Sequence[ChatMessage]) -> Prompt:
+        """A row that brings its own system message keeps it: it says more than the job's."""
+        if not turns or not turns[-1].content.strip():
+            raise _row_error(
+                RowFault.PROMPT_EMPTY, "the last message is empty" if turns else "there are no messages"
+            )
+        if turns[0].role == "system":
+            return Prompt((turns[0], *self._examples, *turns[1:]))
+        before = [] if system is None else [ChatMessage("system", system)]
+        return Prompt((*before, *self._examples, *turns))
+
+
+def _pairs(examples: Sequence[ChatMessage]) -> Iterable[tuple[ChatMessage, ChatMessage]]:
+    return zip(examples[::2], examples[1::2], strict=True)
+
+
+def _row_error(fault: RowFault, message: str) -> RowError:
+    return RowError(fault, message, Stage.RENDER)
+
+
+# --- a column taken as it is ---------------------------------------------------------------------
+
+
+def _column_value(columns: Mapping[str, Any], name: str) -> Any:
+    value = columns.get(name)
+    if value is None:
+        raise _row_error(RowFault.PROMPT_MISSING, f"the prompt column {name!r} is null or missing")
+    if not isinstance(value, str | list):
+        raise _row_error(
+            RowFault.PROMPT_TYPE,
+            f"the prompt column {name!r}: expected text or a list of messages, found {_type_name(value)}",
+        )
+    return value
+
+
+def _as_messages(values: list[Any], name: str) -> tuple[ChatMessage, ...]:
+    return tuple(_as_message(value, i, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def _as_message(value: Any, position: int, where: str) -> ChatMessage:
+    fault = _message_fault(value, position)
+    if fault is not None:
+        raise _row_error(RowFault.PROMPT_TYPE, f"the prompt column's message {where}: {fault}")
+    return ChatMessage(value["role"], value["content"])
+
+
+def _message_fault(value: Any, position: int) -> str | None:
+    """What is wrong with a message of a row. Other keys are fine as long as they say nothing (null)."""
+    if not isinstance(value, dict):
+        return f"expected an object with role and content, found {_type_name(value)}"
+    role, content = value.get("role"), value.get("content")
+    if role not in _ROLES:
+        found = shown(role) if isinstance(role, str) else _type_name(role)
+        return f"role must be one of {', '.join(_ROLES)}, found {found}"
+    if role == "system" and position:
+        return "a system message may only be the first"
+    if not isinstance(content, str):
+        return f"content must be text, found {_type_name(content)}"
+    unknown = [key for key, inner in value.items() if key not in ("role", "content") and inner is not None]
+    return f"unknown key {shown(unknown[0])}; a message has role and content" if unknown else None
+
+
+def _type_name(value: Any) -> str:
+    try:
+        return json_type(value)
+    except KeyError:
+        return type(value).__name__
+
+
+# --- templates -----------------------------------------------------------------------------------
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_refuse_null
+    )
+    del environment.globals["lipsum"], environment.filters["random"]  # a row's prompt must not vary
+    return environment
+
+
+class _NullInTemplateError(Exception):
+    """A ``{{ … }}`` gave null, which would be written as the word None."""
+
+
+def _refuse_null(value: Any) -> Any:
+    if value is None:
+        raise _NullInTemplateError
+    return value
+
+
+_ENVIRONMENT = _environment()
+
+
+class _Template:
+    """One template of the job file; ``where`` is the setting it stands in, ``names`` the columns it uses."""
+
+    def __init__(self, where: str, source: str) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise SpecError(f"{where}: {len(source)} characters, more than {MAX_TEMPLATE_CHARS}")
+        self.where = where
+        try:
+            tree = _ENVIRONMENT.parse(source)
+            if next(iter(meta.find_referenced_templates(tree)), "") != "":
+                raise SpecError(f"{where}: a template cannot include, import or extend another")
+            self.names = sorted(meta.find_undeclared_variables(tree) - set(_ENVIRONMENT.globals))
+            self._template = _ENVIRONMENT.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise SpecError(f"{where}: line {error.lineno}: {error.message}") from None
+        except RecursionError:
+            raise SpecError(f"{where}: nested too deeply") from None
+
+    def render(self, columns: Mapping[str, Any]) -> str:
+        """The text for one row, at most ``MAX_PROMPT_BYTES`` of it."""
+        try:
+            return _joined(self._template.generate(columns))
+        except RowError:
+            raise
+        except _NullInTemplateError:
+            raise _row_error(RowFault.PROMPT_MISSING, self._null_message(columns)) from None
+        except Exception as error:  # whatever the user's expression did is this row's error
+            raise _row_error(RowFault.PROMPT_TEMPLATE, self._fault_message(error, columns)) from None
+
+    def _null_message(self, columns: Mapping[str, Any]) -> str:
+        nulls = [name for name in self.names if columns.get(name, "") is None]
+        found = f"the column {', '.join(map(shown, nulls))} is null" if nulls else "an expression gave null"
+        return f"{self.where}: {found}; {{{{ x or '' }}}} allows that"
+
+    def _fault_message(self, error: Exception, columns: Mapping[str, Any]) -> str:
+        message = f"{self.where}: {str(error)[:500] or type(error).__name__}"
+        if isinstance(error, jinja2.UndefinedError):
+            message += f"; the row has: {', '.join(list(map(shown, columns))[:50])}"
+        return message
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    """The pieces as one text, refused as soon as it is too long."""
+    kept, num_bytes = [], 0
+    for piece in pieces:
+        num_bytes += len(piece.encode())  # half a surrogate pair fails here, not in the tokenizer
+        if num_bytes > MAX_PROMPT_BYTES:
+            raise _row_error(
+                RowFault.PROMPT_TOO_LONG, f"the rendered prompt is over {MAX_PROMPT_BYTES} bytes"
+            )
+        kept.append(piece)
+    return "".join(kept)

@@ -1,0 +1,119 @@
+"""The bytes of a file as one forward stream: decompressed, bounded, fingerprinted on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import pyarrow as pa
+
+from b2batch.errors import InputError
+from b2batch.inputs.files import FoundFile, compression_of
+
+BLOCK_BYTES = 1 << 20
+MAX_EXPANSION = 200
+MIN_EXPANDED_BYTES = 64 << 20
+_END_BYTES = 64 * 1024
+
+
+class HashedFile(io.RawIOBase):
+    """A forward view of a stored file that keeps the sha256 and the count of the bytes it gave."""
+
+    def __init__(self, file: FoundFile) -> None:
+        filesystem, path = file.locate()
+        self._stored = filesystem.open_input_stream(path, compression=None)
+        self._sha256 = hashlib.sha256()
+        self._file = file
+        self.num_bytes = 0
+
+    def readable(self) -> bool:
+        """True: it is a file to read."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes as they are stored."""
+        block: bytes = self._stored.read(size)
+        self._sha256.update(block)
+        self.num_bytes += len(block)
+        return block
+
+    def fingerprint(self) -> str:
+        """``sha256:…`` of the whole file; InputError when its length is not what the store said."""
+        while self.read(BLOCK_BYTES):
+            pass
+        if self.num_bytes != self._file.size:
+            raise InputError(f"{self._file.uri}: was written while it was read; give a file that is complete")
+        return f"sha256:{self._sha256.hexdigest()}"
+
+    def close(self) -> None:
+        """Give the file back; may be called again."""
+        self._stored.close()
+        super().close()
+
+
+def full_fingerprint(file: FoundFile) -> str:
+    """``sha256:…`` of the stored bytes, in one pass of its own."""
+    with HashedFile(file) as stored:
+        return stored.fingerprint()
+
+
+def fast_fingerprint(file: FoundFile) -> str:
+    """``fast:…`` over size, time and both ends; a change in the middle shows only by its time."""
+    filesystem, path = file.locate()
+    digest = hashlib.sha256(f"{file.size} {file.etag} ".encode())
+    with filesystem.open_input_file(path) as stored:
+        digest.update(stored.read(_END_BYTES))
+        stored.seek(max(0, file.size - _END_BYTES))
+        digest.update(stored.read(_END_BYTES))
+    return f"fast:{digest.hexdigest()}"
+
+
+class TextStream:
+    """The decompressed bytes of a file, read forward; ``position`` counts those already given."""
+
+    def __init__(self, file: FoundFile, stored: HashedFile | None = None) -> None:
+        self._compression = compression_of(file)
+        self._max_bytes = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * file.size)
+        self._file = file
+        self._stored = stored
+        self._stream = self._open()
+        self.position = 0
+
+    def _open(self) -> Any:
+        filesystem, path = self._file.locate()
+        if self._stored is None and self._compression is None:
+            return filesystem.open_input_file(path)
+        if self._stored is None:
+            return filesystem.open_input_stream(path, compression=self._compression)
+        if self._compression is None:
+            return self._stored
+        return pa.CompressedInputStream(pa.PythonFile(self._stored, mode="r"), self._compression)
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes, fewer only at the end; InputError for a file that expands without end."""
+        block: bytes = self._stream.read(size)
+        self.position += len(block)
+        if self._compression is not None and self.position > self._max_bytes:
+            raise InputError(
+                f"{self._file.uri}: {self._file.size} bytes expand to more than {self._max_bytes} "
+                f"({MAX_EXPANSION} times is the limit); decompress the file if it is meant to"
+            )
+        return block
+
+    def move_to(self, position: int) -> None:
+        """Go to ``position``: a seek in a plain file, else reading on or beginning again."""
+        if self._compression is None:
+            self._stream.seek(position)
+            self.position = position
+            return
+        if position < self.position:
+            self.close()
+            self._stream = self._open()
+            self.position = 0
+        while self.position < position and self.read(min(BLOCK_BYTES, position - self.position)):
+            pass
+
+    def close(self) -> None:
+        """Give the file back; may be called again."""
+        self._stream.close()

@@ -1,0 +1,64 @@
+"""From a work unit to its rows: what a worker reads with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from b2batch.inputs import READERS
+from b2batch.inputs.files import InputFile, check_unchanged
+from b2batch.inputs.reader import OpenRows
+from b2batch.inputs.unit import UnitRows
+from b2batch.rows import WorkUnit
+from b2batch.spec import InputSpec
+
+
+class UnitReader:
+    """Reads units of a plan, and keeps the last file open.
+
+    So units in the plan's order decompress and decode each file once; in any other order they are
+    as right, and slower. ``files`` and ``schema`` are the plan's, without its units, so that they
+    are small to send.
+    """
+
+    def __init__(self, files: Sequence[InputFile], schema: pa.Schema, spec: InputSpec) -> None:
+        self._files = files
+        self._schema = schema
+        self._spec = spec
+        self._open: tuple[int, OpenRows] | None = None
+
+    def read(self, unit: WorkUnit) -> UnitRows:
+        """The rows of ``unit``.
+
+        Raises:
+            DriftError: the file is not the one that was planned.
+            InputError: the file is corrupt where the scan did not look.
+        """
+        file = self._files[unit.file_index]
+        check_unchanged(file)
+        return self._rows_of(file).read(unit)
+
+    def _rows_of(self, file: InputFile) -> OpenRows:
+        if self._open is not None and self._open[0] == file.index:
+            return self._open[1]
+        self.close()
+        rows = READERS[file.format].open_rows(file, self._schema, self._spec)
+        self._open = (file.index, rows)
+        return rows
+
+    def close(self) -> None:
+        """Give the open file back; may be called again."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
