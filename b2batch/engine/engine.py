@@ -1,0 +1,303 @@
+"""Continuous batching on one device: *schedule, run, postprocess*, once a step.
+
+    engine.add(Request(...))
+    while engine.has_work:
+        for finished in engine.step(): ...
+
+Requests may be added at any time; each step's batch is filled from what is waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from b2batch.engine.request import Completion, Finished, Request, Score, ScoreRequest
+from b2batch.engine.runner import Runner
+from b2batch.engine.sampling import sample, token_logprobs
+from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
+from b2batch.engine.sequence import Sequence
+from b2batch.rows import FinishReason
+from b2batch.spec import SamplingSpec
+
+_SCORING = SamplingSpec()
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Running totals since the engine was made."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    sum_running: int = 0  # over steps; divided by num_steps it is the mean batch
+
+    @property
+    def mean_batch(self) -> float:
+        return self.sum_running / self.num_steps if self.num_steps else 0.0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request whose sequences are on their way; ``done`` holds those that ended, by index."""
+
+    request: Request | ScoreRequest
+    num_sequences: int
+    done: dict[int, Sequence]
+    completions: dict[int, Completion]
+
+
+class Engine:
+    """Requests in, tokens out.
+
+    ``stop_token_ids`` end an answer (unless ``ignore_eos``); ``decode`` turns ids into text and is
+    needed for stop strings only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        limits: Limits,
+        *,
+        max_model_len: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+        decode: Callable[[Seq[int]], str] | None = None,
+    ) -> None:
+        if limits.kv_cache_tokens < max_model_len:
+            raise ValueError(f"{limits.kv_cache_tokens} tokens of KV cannot hold a context of {max_model_len}")
+        if limits.max_num_batched_tokens < limits.max_num_seqs:
+            raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
+        self.stats = EngineStats()
+        self._scheduler = Scheduler(limits)
+        self._runner = Runner(model, limits.kv_cache_tokens)
+        self._max_model_len = max_model_len
+        self._stop_token_ids = stop_token_ids
+        self._decode = decode
+        self._pending: dict[str, _Pending] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are not in the batch yet."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._scheduler.running)
+
+    @property
+    def scheduler_stats(self) -> SchedulerStats:
+        return self._scheduler.stats
+
+    def add(self, request: Request | ScoreRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room for a token, or the id is in use.
+        """
+        if request.request_id in self._pending:
+            raise ValueError(f"request {request.request_id} is in the engine already")
+        if not request.prompt:
+            raise ValueError("the prompt has no tokens")
+        sequences = (
+            self._score_paths(request) if isinstance(request, ScoreRequest) else self._samples(request)
+        )
+        self._pending[request.request_id] = _Pending(request, len(sequences), {}, {})
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def step(self) -> list[Finished]:
+        """Run one step; return the requests that are done with it."""
+        step = self._scheduler.schedule()
+        if not step.chunks:
+            if self.has_work:
+                raise RuntimeError("the scheduler found nothing to run although there is work")
+            return []
+        logits = self._runner.run(step)
+        self._scheduler.advance(step)
+        ended = self._postprocess(step.chunks, logits)
+        self.stats.num_steps += 1
+        self.stats.num_computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
+        self.stats.sum_running += self.num_running
+        self._scheduler.finish(ended)
+        return [finished for sequence in ended if (finished := self._collect(sequence))]
+
+    # -- requests to sequences --
+
+    def _samples(self, request: Request) -> list[Sequence]:
+        prompt = list(request.prompt)
+        room = self._max_model_len - len(prompt)
+        if room < 1:
+            raise ValueError(f"a prompt of {len(prompt)} tokens fills the context of {self._max_model_len}")
+        max_tokens = min(request.sampling.max_tokens or room, room)
+        return [
+            Sequence(request.request_id, index, list(prompt), request.sampling, max_tokens)
+            for index in range(request.sampling.n)
+        ]
+
+    def _score_paths(self, request: ScoreRequest) -> list[Sequence]:
+        """The longest token paths that cover every continuation; a shorter one is probed on the way.
+
+        So labels of one token each cost one forward pass of the prompt, not one a label.
+        """
+        paths: dict[tuple[int, ...], dict[int, set[int]]] = {}
+        for continuation in sorted(request.continuations, key=len, reverse=True):
+            if not continuation:
+                raise ValueError("a continuation has no tokens")
+            if len(request.prompt) + len(continuation) > self._max_model_len:
+                raise ValueError(f"prompt and continuation exceed the context of {self._max_model_len}")
+            head = tuple(continuation[:-1])
+            path = next((p for p in paths if p[: len(head)] == head), head)
+            probes = paths.setdefault(path, {})
+            for offset, token in enumerate(continuation):
+                probes.setdefault(len(request.prompt) - 1 + offset, set()).add(token)
+        return [
+            Sequence(
+                request.request_id,
+                index,
+                [*request.prompt, *path],
+                _SCORING,
+                max_tokens=0,
+                probes={position: tuple(sorted(tokens)) for position, tokens in sorted(probes.items())},
+            )
+            for index, (path, probes) in enumerate(paths.items())
+        ]
+
+    # -- logits to tokens --
+
+    def _postprocess(self, chunks: Seq[Chunk], logits: Tensor) -> list[Sequence]:
+        """Sample or score every wanted position; return the sequences that ended."""
+        ended: list[Sequence] = []
+        sampled: list[Sequence] = []
+        sampled_rows: list[int] = []
+        row = 0
+        for chunk in chunks:
+            positions = chunk.logit_positions
+            if positions and isinstance(chunk.owner, Sequence):
+                if chunk.owner.probes is None:
+                    sampled.append(chunk.owner)
+                    sampled_rows.append(row)
+                else:
+                    _read_probes(chunk.owner, positions, logits[row : row + len(positions)])
+                    if chunk.owner.num_pending == 0:
+                        ended.append(chunk.owner)
+            row += len(positions)
+        if sampled:
+            own = logits if len(sampled) == len(logits) else logits[sampled_rows]
+            ended += self._append_tokens(sampled, own)
+        return ended
+
+    def _append_tokens(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
+        stops = [self._stops_of(sequence.sampling) for sequence in sequences]
+        tokens = sample(logits, sequences, stops)
+        self._append_logprobs(sequences, logits, tokens)
+        ended = []
+        for sequence, token, stop_ids in zip(sequences, tokens, stops, strict=True):
+            completion = self._append(sequence, token, stop_ids)
+            if completion is not None:
+                self._pending[sequence.request_id].completions[sequence.index] = completion
+                ended.append(sequence)
+        self.stats.num_generated_tokens += len(tokens)
+        return ended
+
+    def _append(self, sequence: Sequence, token: int | None, stop_ids: frozenset[int]) -> Completion | None:
+        """Give a sequence its next token; a Completion if it ended with it."""
+        if token is None:
+            return _complete(sequence, FinishReason.ERROR, error="the model's logits are not finite")
+        sequence.tokens.append(token)
+        if token in stop_ids:
+            return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)
+        stop_text = self._stop_text(sequence)
+        if stop_text is not None:
+            return _complete(sequence, FinishReason.STOP, stop_text=stop_text)
+        if sequence.num_generated >= sequence.max_tokens:
+            return _complete(sequence, FinishReason.LENGTH)
+        return None
+
+    def _stops_of(self, sampling: SamplingSpec) -> frozenset[int]:
+        eos = frozenset() if sampling.ignore_eos else self._stop_token_ids
+        return eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos
+
+    def _stop_text(self, sequence: Sequence) -> str | None:
+        """The stop string that the newest token completed, the earliest in the text if there are several."""
+        sampling = sequence.sampling
+        if not sampling.stop or sequence.num_generated < sampling.min_tokens:
+            return None
+        if self._decode is None:
+            raise ValueError("stop strings need a decode function")
+        reach = 4 * max(map(len, sampling.stop)) + 4  # a character is at most four byte tokens
+        tail = self._decode(sequence.generated[-reach:])
+        found = [(tail.find(stop), stop) for stop in sampling.stop if stop in tail]
+        return min(found)[1] if found else None
+
+    def _append_logprobs(self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]) -> None:
+        wanted = [
+            i for i, s in enumerate(sequences) if s.sampling.logprobs is not None and tokens[i] is not None
+        ]
+        if not wanted:
+            return
+        found = token_logprobs(
+            logits[wanted],
+            [token for i in wanted if (token := tokens[i]) is not None],
+            [sequences[i].sampling.logprobs or 0 for i in wanted],
+        )
+        for i, logprob in zip(wanted, found, strict=True):
+            sequences[i].logprobs.append(logprob)
+
+    # -- sequences to results --
+
+    def _collect(self, sequence: Sequence) -> Finished | None:
+        """Book an ended sequence; the request's result if it was the last one."""
+        pending = self._pending[sequence.request_id]
+        pending.done[sequence.index] = sequence
+        if len(pending.done) < pending.num_sequences:
+            return None
+        del self._pending[sequence.request_id]
+        if isinstance(pending.request, ScoreRequest):
+            return Finished(sequence.request_id, scores=_scores(pending.request, pending.done))
+        completions = tuple(pending.completions[i] for i in range(pending.num_sequences))
+        return Finished(sequence.request_id, completions=completions)
+
+
+def _complete(
+    sequence: Sequence,
+    reason: FinishReason,
+    *,
+    num_stop_tokens: int = 0,
+    stop_text: str | None = None,
+    error: str | None = None,
+) -> Completion:
+    generated = tuple(sequence.generated)
+    logprobs = tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None
+    return Completion(generated, len(generated) - num_stop_tokens, reason, stop_text, logprobs, error)
+
+
+def _read_probes(sequence: Sequence, positions: list[int], logits_RV: Tensor) -> None:
+    """Note the log-probability of every probed token, and whether it was the most likely."""
+    assert sequence.probes is not None
+    logprobs = logits_RV.log_softmax(dim=-1)
+    best = logits_RV.argmax(dim=-1).tolist()
+    for row, position in enumerate(positions):
+        tokens = sequence.probes[position]
+        values = logprobs[row, list(tokens)].tolist()
+        for token, value in zip(tokens, values, strict=True):
+            sequence.scores[position, token] = (value, token == best[row])
+
+
+def _scores(request: ScoreRequest, done: dict[int, Sequence]) -> tuple[Score, ...]:
+    first = len(request.prompt) - 1
+    scores = []
+    for continuation in request.continuations:
+        path = [*request.prompt, *continuation[:-1]]
+        sequence = next(s for s in done.values() if s.tokens[: len(path)] == path)
+        parts = [sequence.scores[first + i, token] for i, token in enumerate(continuation)]
+        scores.append(Score(sum(p[0] for p in parts), len(parts), all(p[1] for p in parts)))
+    return tuple(scores)

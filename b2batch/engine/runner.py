@@ -1,0 +1,120 @@
+"""A step's schedule → tensors → one forward pass → the logits that are wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from b2batch.engine import attention
+from b2batch.engine.attention import OwnCall, PrefixCall, StepContext
+from b2batch.engine.scheduler import Chunk, Move, Step
+from b2batch.errors import ModelError
+
+
+class Runner:
+    """Owns the arena of keys and values and runs the model over it."""
+
+    def __init__(self, model: PreTrainedModel, kv_cache_tokens: int) -> None:
+        attention.register()
+        model.set_attn_implementation(attention.ATTENTION_NAME)
+        self.model = model
+        self.device = next(model.parameters()).device
+        shape = KVShape.of(model)
+        self.caches = [
+            (shape.arena(kv_cache_tokens, self.device), shape.arena(kv_cache_tokens, self.device))
+            for _ in range(shape.num_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Logits of the step's wanted positions, in chunk order: (R, V) float32."""
+        for move in step.moves:
+            self._move(move)
+        chunks = step.chunks
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
+        slots = [chunk.slot + i for chunk in chunks for i in range(chunk.num_tokens)]
+        own_calls, prefix_calls = plan_calls(chunks)
+        position_ids = self._tensor(positions)
+        context = StepContext(self._tensor(slots), position_ids, own_calls, prefix_calls, self.caches)
+        with attention.step_context(context):
+            output = self.model(
+                input_ids=self._tensor(tokens)[None],
+                position_ids=position_ids[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(_wanted_rows(chunks)),
+            )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _move(self, move: Move) -> None:
+        for cache in (tensor for pair in self.caches for tensor in pair):
+            stretch = cache[move.source : move.source + move.num_tokens].clone()
+            cache[move.target : move.target + move.num_tokens] = stretch
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+class KVShape:
+    """What one token's keys and values take, read from a model's config."""
+
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> KVShape:
+        """The shape of a loaded model's cache."""
+        config = model.config.get_text_config()
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, num_heads, head_dim, model.dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    def arena(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Room for one layer's keys, or values: (tokens, K, D)."""
+        try:
+            return torch.zeros(num_tokens, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
+            raise ModelError(
+                f"engine.kv_cache_tokens: no room for {num_tokens} tokens of keys and values at "
+                f"{self.bytes_per_token} bytes each: {error}"
+            ) from error
+
+
+def plan_calls(chunks: list[Chunk]) -> tuple[list[OwnCall], list[PrefixCall]]:
+    """The attention calls of a step; neighbouring chunks on the same prefix become one call."""
+    own_calls: list[OwnCall] = []
+    prefix_calls: list[PrefixCall] = []
+    row = 0
+    previous = None
+    for chunk in chunks:
+        own_calls.append(OwnCall(row, chunk.num_tokens, chunk.slot - chunk.num_past, chunk.num_past))
+        prefix = chunk.prefix
+        if prefix is not None:
+            first, num_queries = row, chunk.num_tokens
+            if prefix is previous:
+                before = prefix_calls.pop()
+                first, num_queries = before.query, before.num_queries + num_queries
+            prefix_calls.append(PrefixCall(first, num_queries, prefix.span.start, prefix.length))
+        previous = prefix
+        row += chunk.num_tokens
+    return own_calls, prefix_calls
+
+
+def _wanted_rows(chunks: list[Chunk]) -> list[int]:
+    """Rows of the packed step whose logits are wanted."""
+    rows: list[int] = []
+    first = 0
+    for chunk in chunks:
+        rows += [first + position - chunk.start for position in chunk.logit_positions]
+        first += chunk.num_tokens
+    return rows

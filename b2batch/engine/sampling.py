@@ -1,0 +1,139 @@
+"""Logits → next tokens, for a batch of sequences with settings of their own. No state.
+
+Order of the processors as in transformers: penalties, bias, forbidden stops → temperature → top_k →
+top_p, min_p → draw. The random number of a token is a hash of (seed, request id, sample, position),
+so it does not depend on neighbours, replica or restart, and the draw inverts the cumulative
+distribution, so a change in the last bits of the logits moves no other token.
+
+Shapes: R rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import torch
+import xxhash
+from torch import Tensor
+
+from b2batch.engine.sequence import Sequence
+from b2batch.rows import TokenLogprob
+
+
+def sample(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]) -> list[int | None]:
+    """The next token of each row, None where the model gave no finite maximum.
+
+    ``stop_ids`` are the tokens that end each row; they are forbidden below ``min_tokens``.
+    """
+    best, tokens = logits_RV.max(dim=-1)
+    finite: list[bool] = torch.isfinite(best).tolist()
+    chosen: list[int] = tokens.tolist()
+    special = [
+        r for r, row in enumerate(rows) if finite[r] and not _is_plain_greedy(row, stop_ids[r])
+    ]
+    if special:
+        picked = _process(logits_RV[special], [rows[r] for r in special], [stop_ids[r] for r in special])
+        for r, token in zip(special, picked, strict=True):
+            chosen[r] = token
+    return [token if ok else None for token, ok in zip(chosen, finite, strict=True)]
+
+
+def uniform(seed: int, request_id: str, sample_index: int, position: int) -> float:
+    """The random number in [0, 1) of one token: the top 53 bits of a 64-bit hash."""
+    key = f"{seed}\0{request_id}\0{sample_index}\0{position}"
+    return (xxhash.xxh3_64_intdigest(key.encode()) >> 11) / (1 << 53)
+
+
+def token_logprobs(logits_RV: Tensor, tokens: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
+    """Log-probabilities under the model's own distribution (before any processor)."""
+    logprobs = logits_RV.log_softmax(dim=-1)
+    index = torch.tensor(tokens, device=logits_RV.device)[:, None]
+    own: list[float] = logprobs.gather(1, index)[:, 0].tolist()
+    result = []
+    for r, (token, count) in enumerate(zip(tokens, num_top, strict=True)):
+        values, ids = logprobs[r].topk(count)
+        result.append(TokenLogprob(token, own[r], dict(zip(ids.tolist(), values.tolist(), strict=True))))
+    return result
+
+
+def _is_plain_greedy(row: Sequence, stop_ids: frozenset[int]) -> bool:
+    s = row.sampling
+    forbids = bool(stop_ids) and row.num_generated < s.min_tokens
+    return s.temperature == 0 and not (
+        forbids
+        or s.logit_bias
+        or s.repetition_penalty != 1
+        or s.presence_penalty
+        or s.frequency_penalty
+    )
+
+
+def _process(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]) -> list[int]:
+    logits_RV = logits_RV.clone()
+    for logits, row, stops in zip(logits_RV, rows, stop_ids, strict=True):
+        _penalise(logits, row)
+        if stops and row.num_generated < row.sampling.min_tokens:
+            logits[list(stops)] = float("-inf")
+    device = logits_RV.device
+    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
+    greedy: list[int] = logits_RV.argmax(dim=-1).tolist()
+    drawn = [r for r, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        scaled = logits_RV[drawn] / temperature[drawn, None]
+        for r, token in zip(drawn, _draw(scaled, [rows[r] for r in drawn]), strict=True):
+            greedy[r] = token
+    return greedy
+
+
+def _penalise(logits: Tensor, row: Sequence) -> None:
+    """Apply the penalties and the bias to one row in place.
+
+    The repetition penalty counts prompt and answer (Keskar et al. 2019, as in transformers);
+    presence and frequency count the answer alone (as in the OpenAI API).
+    """
+    s = row.sampling
+    if s.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
+    if s.presence_penalty or s.frequency_penalty:
+        counts = Counter(row.generated)
+        if counts:
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+            logits[ids] -= s.presence_penalty + s.frequency_penalty * times
+    for token, bias in s.logit_bias.items():
+        logits[token] += bias
+
+
+def distribution(scaled_RV: Tensor, rows: Seq[Sequence]) -> tuple[Tensor, Tensor]:
+    """What each row draws from: probabilities (R, V), most likely first, and their token ids (R, V).
+
+    Tokens outside top_k, top_p or min_p have probability 0. top_p keeps the smallest set of tokens
+    whose probability reaches it, and always the first.
+    """
+    logits, ids = scaled_RV.sort(dim=-1, descending=True, stable=True)
+    device = scaled_RV.device
+    vocab_size = scaled_RV.shape[-1]
+    top_k = torch.tensor([r.sampling.top_k if r.sampling.top_k > 0 else vocab_size for r in rows], device=device)
+    rank = torch.arange(vocab_size, device=device)[None, :]
+    logits = logits.masked_fill(rank >= top_k[:, None], float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = torch.tensor([r.sampling.top_p for r in rows], device=device)[:, None]
+    min_p = torch.tensor([r.sampling.min_p for r in rows], device=device)[:, None]
+    cut = ((before >= top_p) & (rank > 0) & (top_p < 1)) | (probabilities < min_p * probabilities[:, :1])
+    probabilities = probabilities.masked_fill(cut, 0.0)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True), ids
+
+
+def _draw(scaled_RV: Tensor, rows: Seq[Sequence]) -> list[int]:
+    probabilities, ids = distribution(scaled_RV, rows)
+    numbers = [uniform(r.sampling.seed, r.request_id, r.index, len(r.tokens)) for r in rows]
+    cumulative = probabilities.double().cumsum(dim=-1)
+    target = torch.tensor(numbers, dtype=torch.float64, device=scaled_RV.device)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    tokens: list[int] = ids.gather(1, index.minimum(last))[:, 0].tolist()
+    return tokens

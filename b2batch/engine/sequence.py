@@ -1,0 +1,87 @@
+"""One stream of tokens in the engine: a sample of a request, or a continuation to be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from b2batch.engine.kv import PrefixSpan, Span
+from b2batch.rows import TokenLogprob
+from b2batch.spec import SamplingSpec
+
+
+class Sequence:
+    """Tokens, and how many of them have their keys and values in the arena.
+
+        tokens   |----- prompt -----|-- generated --|
+        KV       |- prefix -|-- own span --|            num_computed
+                 shared, not ours
+
+    A sequence with ``probes`` is scored, not continued: for each position, the token ids whose
+    log-probability after that position is wanted.
+    """
+
+    __slots__ = (
+        "index",
+        "logprobs",
+        "max_tokens",
+        "num_computed",
+        "num_prompt",
+        "prefix",
+        "prefix_tokens",
+        "probes",
+        "request_id",
+        "sampling",
+        "scores",
+        "span",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        prompt: list[int],
+        sampling: SamplingSpec,
+        max_tokens: int,
+        probes: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.tokens = prompt
+        self.num_prompt = len(prompt)
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.probes = probes
+        self.num_computed = 0
+        self.prefix_tokens: tuple[int, ...] = ()  # what it should share, once that is known
+        self.prefix: PrefixSpan | None = None
+        self.span: Span | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.scores: dict[tuple[int, int], tuple[float, bool]] = {}  # (position, token) → (logprob, is best)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix.length if self.prefix else 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_own(self) -> int:
+        """Tokens that need room in the sequence's own span."""
+        return len(self.tokens) - self.prefix_length
+
+    @property
+    def max_own(self) -> int:
+        """Room in the own span that the sequence can ever need."""
+        return self.num_prompt + self.max_tokens - self.prefix_length

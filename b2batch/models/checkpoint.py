@@ -1,0 +1,155 @@
+"""Where a checkpoint's files are and what its config says; nothing here loads a weight.
+
+A model is named by a local directory, a Hugging Face id, `ms://owner/name` for ModelScope, or the
+name of a model that ships with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from b2batch.assets import EMBEDDED_MODELS
+from b2batch.errors import ModelError
+from b2batch.spec import ModelSpec, resolve_env
+
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+_HASH_WHOLE_BELOW = 1 << 30
+_PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint's directory, its parsed configs and where it came from."""
+
+    directory: Path
+    source: str  # what the user wrote, with the revision that was resolved
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """The family's key in ``MODELS``; ``baichuan`` also for old files that name only the class."""
+        declared = self.config.get("model_type")
+        architectures = self.config.get("architectures") or [""]
+        return str(declared or ("baichuan" if "aichuan" in architectures[0] else "unknown"))
+
+    def digest(self) -> str:
+        """sha256 over the names and contents of weights, configs and tokenizer.
+
+        A file of 1 GiB or more counts by size and both ends (1 MiB each) unless its hub cache name
+        already is its sha256: hashing tens of gigabytes would delay every start.
+        """
+        total = hashlib.sha256()
+        for path in sorted(self._files(), key=lambda p: p.name):
+            total.update(f"{path.name}\0{_file_digest(path)}\n".encode())
+        return total.hexdigest()
+
+    def _files(self) -> set[Path]:
+        return {path for pattern in _SMALL_FILES + _WEIGHT_FILES for path in self.directory.glob(pattern)}
+
+
+def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
+    """Find (and if need be download) a checkpoint and read its configs.
+
+    ``weights=False`` fetches configs and tokenizer only, which is all that planning needs.
+
+    Raises:
+        ModelError: there is no such checkpoint, or its files are not what a checkpoint needs.
+    """
+    directory, source = _locate(resolve_env(spec.model), spec.revision, weights)
+    config = read_json(directory / "config.json")
+    if config is None:
+        found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+        raise ModelError(f"model.model: {directory} holds no config.json, so it is no checkpoint; found {found}")
+    if weights and not any(p for pattern in _WEIGHT_FILES for p in directory.glob(pattern)):
+        raise ModelError(f"model.model: {directory} holds no weights (*.safetensors or *.bin)")
+    return Checkpoint(directory, source, config, read_json(directory / "generation_config.json") or {})
+
+
+def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str]:
+    if name in EMBEDDED_MODELS:
+        return EMBEDDED_MODELS[name], name
+    if name.startswith("ms://"):
+        return _from_modelscope(name.removeprefix("ms://"), revision, weights), f"{name}@{revision or 'master'}"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, name
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        embedded = ", ".join(sorted(EMBEDDED_MODELS))
+        raise ModelError(
+            f"model.model: {name!r} is not a directory here, and not a hub id (owner/name), "
+            f"a ms://owner/name or an embedded model ({embedded})"
+        )
+    directory = _from_huggingface(name, revision, weights)
+    return directory, f"{name}@{directory.name}"  # a snapshot's directory is named by its commit
+
+
+def _from_huggingface(name: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.model: {name!r} (revision {revision or 'main'}) is no local directory and cannot be had "
+            f"from the Hugging Face hub: {_first_line(error)}"
+        ) from error
+
+
+def _from_modelscope(name: str, revision: str | None, weights: bool) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            "model.model: ms:// needs the modelscope package: pip install 'b2batch[modelscope]'"
+        ) from error
+    patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_file_pattern=patterns))
+    except Exception as error:  # modelscope raises bare exceptions of many kinds
+        raise ModelError(
+            f"model.model: ms://{name} (revision {revision or 'master'}) cannot be had from ModelScope: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where there is no file; ModelError when it is not readable."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _file_digest(path: Path) -> str:
+    blob = path.resolve().name
+    if _BLOB_NAME.fullmatch(blob):
+        return blob
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < _HASH_WHOLE_BELOW:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        ends = file.read(_PROBE_BYTES)
+        file.seek(-_PROBE_BYTES, 2)
+        ends += file.read()
+    return hashlib.sha256(size.to_bytes(8, "little") + ends).hexdigest()
