@@ -9,7 +9,7 @@ from typing import BinaryIO
 from b2batch.outputs.store import prove_exclusive_creation
 
 
-class LostReply(OSError):
+class LostReplyError(OSError):
     """The write happened; whoever asked for it does not know."""
 
 
@@ -28,7 +28,7 @@ class MemoryStore:
             self.put(key, data)
         if self.lose_next_reply:
             self.lose_next_reply = False
-            raise LostReply(key)
+            raise LostReplyError(key)
         return created
 
     def put(self, key: str, data: bytes) -> None:

@@ -41,7 +41,7 @@ def test_same_run() -> None:
 def test_each_setting_on_its_line() -> None:
     found = make_record(make_spec(), UNITS)
     wanted = make_record(make_spec("sampling.temperature=0.7", "sampling.stop=[a]"), UNITS)
-    assert drift(found, wanted) == ["sampling.stop: [] -> [\"a\"]", "sampling.temperature: 0.0 -> 0.7"]
+    assert drift(found, wanted) == ['sampling.stop: [] -> ["a"]', "sampling.temperature: 0.0 -> 0.7"]
 
 
 def test_other_weights() -> None:
@@ -77,7 +77,8 @@ def test_many_differences_are_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["cluster.replicas=3", "engine.max_num_seqs=4", "errors.max_error_rate=0.5", "model.dtype=float32"]
+    "override",
+    ["cluster.replicas=3", "engine.max_num_seqs=4", "errors.max_error_rate=0.5", "model.dtype=float32"],
 )
 def test_settings_that_do_not_decide_the_result_are_the_same_run(override: str) -> None:
     assert make_record(make_spec(override), UNITS).run_id == make_record(make_spec(), UNITS).run_id

@@ -27,7 +27,7 @@ from b2batch.rows import (
     WorkUnit,
 )
 
-from .memory_store import LostReply, MemoryStore
+from .memory_store import LostReplyError, MemoryStore
 from .tiny_run import (
     INPUT_SCHEMA,
     answer,
@@ -61,7 +61,13 @@ def test_part_names_are_read_back(unit_index: int, run: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["part-123-1f3a9c7e.parquet", "part-0000123-1f3a9c7e.parquet", "d/part-000123-1f3a9c7e.parquet", "part-0"]
+    "key",
+    [
+        "part-123-1f3a9c7e.parquet",
+        "part-0000123-1f3a9c7e.parquet",
+        "d/part-000123-1f3a9c7e.parquet",
+        "part-0",
+    ],
 )
 def test_names_like_a_parts_are_not_taken_for_one(key: str) -> None:
     assert parse_part_name(key) is None
@@ -90,7 +96,12 @@ def test_rows_stand_in_input_order_whatever_order_they_were_answered_in() -> Non
 
 def test_samples_and_logprobs() -> None:
     unit = make_units(1, 1)[0]
-    cut = Sample("很好", (5, 6), FinishReason.LENGTH, (TokenLogprob(5, -0.5, {5: -0.5, 9: -1.0}), TokenLogprob(6, -2.0)))
+    cut = Sample(
+        "很好",
+        (5, 6),
+        FinishReason.LENGTH,
+        (TokenLogprob(5, -0.5, {5: -0.5, 9: -1.0}), TokenLogprob(6, -2.0)),
+    )
     result = ResultRow("0:0", Generation(3, (cut, Sample("好", (5,), FinishReason.STOP))))
     part = make_part(unit, RUN, spec=make_spec("sampling.n=2", "sampling.logprobs=2"), results=[result])
     (row,) = read(part.data)
@@ -101,7 +112,11 @@ def test_samples_and_logprobs() -> None:
         {"text": "好", "finish_reason": "stop", "num_generated_tokens": 1},
     ]
     assert row["logprobs"] == [
-        {"token_id": 5, "logprob": -0.5, "top": [{"token_id": 5, "logprob": -0.5}, {"token_id": 9, "logprob": -1.0}]},
+        {
+            "token_id": 5,
+            "logprob": -0.5,
+            "top": [{"token_id": 5, "logprob": -0.5}, {"token_id": 9, "logprob": -1.0}],
+        },
         {"token_id": 6, "logprob": -2.0, "top": []},
     ]
     assert part.counts.num_length == 1
@@ -142,7 +157,9 @@ def test_records_that_are_not_the_planned_ones_are_refused() -> None:
     results = [answer(row_id) for row_id in planned_row_ids(UNIT)]
     schema = output_schema(INPUT_SCHEMA, make_spec())
     with pytest.raises(IntegrityError, match="unit 123"):
-        encode_part(UNIT, rows_of(other), columns_of(other), results, schema, PartOrigin(RUN, {}, 1, 1, "w", {}))
+        encode_part(
+            UNIT, rows_of(other), columns_of(other), results, schema, PartOrigin(RUN, {}, 1, 1, "w", {})
+        )
 
 
 def test_footer_says_who_what_and_from_where() -> None:
@@ -181,7 +198,7 @@ def test_commit_then_again_by_another_attempt(memory: MemoryStore) -> None:
 
 def test_lost_reply_is_found_committed_by_the_next_try(memory: MemoryStore) -> None:
     memory.lose_next_reply = True
-    with pytest.raises(LostReply):
+    with pytest.raises(LostReplyError):
         commit_part(memory, make_part(UNIT, RUN))
     assert find_part(memory, RUN, UNIT).counts.num_ok == 3
     assert not commit_part(memory, make_part(UNIT, RUN, attempt=2)).newly_committed

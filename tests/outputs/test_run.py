@@ -200,7 +200,7 @@ def test_run_with_a_live_driver_is_not_overwritten(memory: MemoryStore) -> None:
     assert RunDirectory.existing(memory).record.run_id == RECORD.run_id
 
 
-class _Crash(Exception):
+class _CrashError(Exception):
     """Stands for kill -9."""
 
 
@@ -214,7 +214,7 @@ class _Crashing(MemoryStore):
 
     def _step(self) -> None:
         if not self._num_steps_left:
-            raise _Crash
+            raise _CrashError
         self._num_steps_left -= 1
 
     def put(self, key: str, data: bytes) -> None:
@@ -233,7 +233,7 @@ def test_overwrite_that_crashes_anywhere_is_completed_by_the_next_start(new_spec
         drive(store, SPEC, UNITS)
         try:
             drive(_Crashing(store, num_steps), new_spec, UNITS, overwrite=True)
-        except _Crash:
+        except _CrashError:
             store.now_s += 3600  # the lease of the dead driver
         else:
             break

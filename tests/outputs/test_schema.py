@@ -49,7 +49,9 @@ def test_collision_names_the_column_and_the_way_out() -> None:
 
 
 def test_a_column_left_out_does_not_collide() -> None:
-    schema = output_schema(pa.schema({"status": pa.string(), "text": pa.string()}), make_spec(columns=["text"]))
+    schema = output_schema(
+        pa.schema({"status": pa.string(), "text": pa.string()}), make_spec(columns=["text"])
+    )
     assert schema.names == ["text", *OWN]
 
 
@@ -70,7 +72,9 @@ def test_column_twice() -> None:
 
 
 def test_carried_columns_may_be_null_and_lose_metadata_of_their_table() -> None:
-    source = pa.schema([pa.field("text", pa.string(), nullable=False, metadata={"a": "b"})], metadata={"pandas": "{}"})
+    source = pa.schema(
+        [pa.field("text", pa.string(), nullable=False, metadata={"a": "b"})], metadata={"pandas": "{}"}
+    )
     schema = output_schema(source, make_spec())
     assert schema.field("text").nullable
     assert schema.field("text").metadata is None

@@ -182,7 +182,9 @@ def test_preflight_leaves_nothing(store: LocalStore) -> None:
     assert list(store.list("")) == []
 
 
-@pytest.mark.parametrize(("umask", "file_mode", "directory_mode"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "directory_mode"), [(0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
+)
 def test_files_follow_the_umask(tmp_path: Path, umask: int, file_mode: int, directory_mode: int) -> None:
     before = os.umask(umask)
     try:
