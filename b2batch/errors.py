@@ -1,21 +1,21 @@
 """Every error b2batch raises on purpose, and the exit code each one ends the process with.
 
-    B2BatchError                 1    failed, resumable: the same command again goes on
-    ├── CallerError              2    what the user gave is wrong; retrying cannot help
-    │   ├── SpecError                 the job file: an unknown key, a value out of range
-    │   ├── InputError                the dataset: no such file, unreadable, wrong columns
-    │   ├── ModelError                the checkpoint: missing, malformed, not supported
-    │   └── OutputError               the output location: not writable, not ours
-    ├── ErrorBudgetExceeded      3    finished, but more rows failed than allowed
-    ├── IntegrityError           4    the bytes are not what they should be
-    │   └── DriftError                input or spec changed under an existing output
-    ├── ClusterError             1    replicas could not be had or kept
-    ├── UnitFailed               1    a unit of rows failed on every attempt
-    ├── Fenced                   1    another driver took over this run
-    ├── Drained                 75    stopped cleanly; requeue
-    └── RunLocked               99    another live driver holds this output
+B2BatchError                 1    failed, resumable: the same command again goes on
+├── CallerError              2    what the user gave is wrong; retrying cannot help
+│   ├── SpecError                 the job file: an unknown key, a value out of range
+│   ├── InputError                the dataset: no such file, unreadable, wrong columns
+│   ├── ModelError                the checkpoint: missing, malformed, not supported
+│   └── OutputError               the output location: not writable, not ours
+├── ErrorBudgetExceeded      3    finished, but more rows failed than allowed
+├── IntegrityError           4    the bytes are not what they should be
+│   └── DriftError                input or spec changed under an existing output
+├── ClusterError             1    replicas could not be had or kept
+├── UnitFailed               1    a unit of rows failed on every attempt
+├── Fenced                   1    another driver took over this run
+├── Drained                 75    stopped cleanly; requeue
+└── RunLocked               99    another live driver holds this output
 
-    RowError                     -    one row's fault: becomes a row with ``status = error``
+RowError                     -    one row's fault: becomes a row with ``status = error``
 """
 
 from __future__ import annotations

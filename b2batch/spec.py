@@ -55,13 +55,23 @@ class InputSpec(_Section):
 
     path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     format: Literal["auto", "jsonl", "parquet"] = "auto"
-    key: str | None = Field(default=None, description="a column that names the row; carried, never trusted as unique")
+    key: str | None = Field(
+        default=None, description="a column that names the row; carried, never trusted as unique"
+    )
     limit: int | None = Field(default=None, ge=1, description="take only the first rows of the plan")
-    rows_per_unit: int = Field(default=256, ge=1, description="rows a replica leases, retries and commits at once")
-    infer_rows: int = Field(default=10_000, ge=1, description="JSONL rows of each file read to find the columns' types")
+    rows_per_unit: int = Field(
+        default=256, ge=1, description="rows a replica leases, retries and commits at once"
+    )
+    infer_rows: int = Field(
+        default=10_000, ge=1, description="JSONL rows of each file read to find the columns' types"
+    )
     max_record_bytes: int = Field(default=16 << 20, ge=1)
-    fingerprint: Literal["full", "fast"] = Field(default="full", description="full: sha256; fast: size, time, both ends")
-    sampling_column: str | None = Field(default=None, description="a column of sampling keys that override `sampling`")
+    fingerprint: Literal["full", "fast"] = Field(
+        default="full", description="full: sha256; fast: size, time, both ends"
+    )
+    sampling_column: str | None = Field(
+        default=None, description="a column of sampling keys that override `sampling`"
+    )
 
 
 class Message(_Section):
@@ -91,7 +101,9 @@ class PromptSpec(_Section):
     system: str | None = None
     examples: tuple[Example, ...] = ()
     chat: Literal["auto"] | bool = "auto"
-    allow_special_tokens: bool = Field(default=False, description="let <reserved_106>, </s> in row text be control tokens")
+    allow_special_tokens: bool = Field(
+        default=False, description="let <reserved_106>, </s> in row text be control tokens"
+    )
     on_too_long: Literal["error", "truncate_left", "truncate_right"] = "error"
 
     @model_validator(mode="after")
@@ -132,7 +144,9 @@ class SamplingSpec(_Section):
     ignore_eos: bool = False
     n: int = Field(default=1, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    logprobs: int | None = Field(default=None, ge=0, le=100, description="alternatives a token; 0: only its own")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=100, description="alternatives a token; 0: only its own"
+    )
     logit_bias: Mapping[int, float] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -183,11 +197,18 @@ class EngineSpec(_Section):
 class ClusterSpec(_Section):
     """Where replicas run. ``replicas: auto`` is as many as the GPUs (or cores) carry."""
 
-    address: str = Field(default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…")
+    address: str = Field(
+        default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…"
+    )
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_replica: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
     cpus_per_replica: Annotated[float, Field(gt=0.0)] = 1.0
-    start_timeout_s: float = Field(default=600.0, gt=0.0, description="how long to wait for the first replica")
+    start_timeout_s: float = Field(
+        default=600.0, gt=0.0, description="how long to wait for the first replica"
+    )
+    drain_grace_s: float = Field(
+        default=30.0, ge=0.0, description="after SIGTERM: how long leased units may go on"
+    )
 
 
 class ErrorsSpec(_Section):

@@ -109,7 +109,9 @@ def arena_attention(
         rows = slice(call.query, call.query + call.num_queries)
         span = slice(call.key, call.key + call.num_keys)
         positions = step.positions[rows]
-        out, lse = _attend_prefix(query_TQD[rows], keys_SKD[span], values_SKD[span], scaling, slopes, positions)
+        out, lse = _attend_prefix(
+            query_TQD[rows], keys_SKD[span], values_SKD[span], scaling, slopes, positions
+        )
         out_TQD[rows] = _merge(out_TQD[rows], lse_TQ[rows], out, lse)
     return out_TQD[None], None
 

@@ -68,12 +68,14 @@ class Engine:
         decode: Callable[[Seq[int]], str] | None = None,
     ) -> None:
         if limits.kv_cache_tokens < max_model_len:
-            raise ValueError(f"{limits.kv_cache_tokens} tokens of KV cannot hold a context of {max_model_len}")
+            raise ValueError(
+                f"{limits.kv_cache_tokens} tokens of KV cannot hold a context of {max_model_len}"
+            )
         if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
         self.stats = EngineStats()
         self._scheduler = Scheduler(limits)
-        self._runner = Runner(model, limits.kv_cache_tokens)
+        self.runner = Runner(model, limits.kv_cache_tokens)
         self._max_model_len = max_model_len
         self._stop_token_ids = stop_token_ids
         self._decode = decode
@@ -82,6 +84,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that the batch holds at most."""
+        return self._scheduler.limits.max_num_seqs
 
     @property
     def num_waiting(self) -> int:
@@ -121,7 +128,7 @@ class Engine:
             if self.has_work:
                 raise RuntimeError("the scheduler found nothing to run although there is work")
             return []
-        logits = self._runner.run(step)
+        logits = self.runner.run(step)
         self._scheduler.advance(step)
         ended = self._postprocess(step.chunks, logits)
         self.stats.num_steps += 1
@@ -262,9 +269,10 @@ class Engine:
             return None
         del self._pending[sequence.request_id]
         if isinstance(pending.request, ScoreRequest):
-            return Finished(sequence.request_id, scores=_scores(pending.request, pending.done))
+            scores = _scores(pending.request, pending.done)
+            return Finished(sequence.request_id, len(pending.request.prompt), scores=scores)
         completions = tuple(pending.completions[i] for i in range(pending.num_sequences))
-        return Finished(sequence.request_id, completions=completions)
+        return Finished(sequence.request_id, len(pending.request.prompt), completions)
 
 
 def _complete(

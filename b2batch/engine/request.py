@@ -62,5 +62,6 @@ class Finished:
     """A request that is done: ``completions`` in sample order, or ``scores`` in continuation order."""
 
     request_id: str
+    num_prompt_tokens: int
     completions: tuple[Completion, ...] = ()
     scores: tuple[Score, ...] = ()

@@ -29,9 +29,7 @@ def sample(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]
     best, tokens = logits_RV.max(dim=-1)
     finite: list[bool] = torch.isfinite(best).tolist()
     chosen: list[int] = tokens.tolist()
-    special = [
-        r for r, row in enumerate(rows) if finite[r] and not _is_plain_greedy(row, stop_ids[r])
-    ]
+    special = [r for r, row in enumerate(rows) if finite[r] and not _is_plain_greedy(row, stop_ids[r])]
     if special:
         picked = _process(logits_RV[special], [rows[r] for r in special], [stop_ids[r] for r in special])
         for r, token in zip(special, picked, strict=True):
@@ -61,11 +59,7 @@ def _is_plain_greedy(row: Sequence, stop_ids: frozenset[int]) -> bool:
     s = row.sampling
     forbids = bool(stop_ids) and row.num_generated < s.min_tokens
     return s.temperature == 0 and not (
-        forbids
-        or s.logit_bias
-        or s.repetition_penalty != 1
-        or s.presence_penalty
-        or s.frequency_penalty
+        forbids or s.logit_bias or s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
     )
 
 
@@ -116,7 +110,9 @@ def distribution(scaled_RV: Tensor, rows: Seq[Sequence]) -> tuple[Tensor, Tensor
     logits, ids = scaled_RV.sort(dim=-1, descending=True, stable=True)
     device = scaled_RV.device
     vocab_size = scaled_RV.shape[-1]
-    top_k = torch.tensor([r.sampling.top_k if r.sampling.top_k > 0 else vocab_size for r in rows], device=device)
+    top_k = torch.tensor(
+        [r.sampling.top_k if r.sampling.top_k > 0 else vocab_size for r in rows], device=device
+    )
     rank = torch.arange(vocab_size, device=device)[None, :]
     logits = logits.masked_fill(rank >= top_k[:, None], float("-inf"))
     probabilities = logits.softmax(dim=-1)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from b2batch.engine.kv import PrefixCache, PrefixSpan, Span, SpanAllocator
+from b2batch.engine.kv import PrefixCache, PrefixSpan, SpanAllocator
 from b2batch.engine.prefixes import shared_prefix_lengths
 from b2batch.engine.sequence import Sequence
 
@@ -275,6 +275,4 @@ class Scheduler:
         assert sequence.span is not None
         past = sequence.num_computed - sequence.prefix_length
         slot = sequence.span.start + past
-        step.chunks.append(
-            Chunk(sequence, sequence.num_computed, num_tokens, slot, past, sequence.prefix)
-        )
+        step.chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, slot, past, sequence.prefix))

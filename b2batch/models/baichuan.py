@@ -217,7 +217,8 @@ class BaichuanAttention(nn.Module):
         if self.config.position == "alibi" and name in ("eager", "sdpa"):
             return eager_attention  # sdpa would take the bias in the model's dtype and round it
         return cast(
-            "Callable[..., tuple[Tensor, Tensor]]", ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+            "Callable[..., tuple[Tensor, Tensor]]",
+            ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention),
         )
 
 

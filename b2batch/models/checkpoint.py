@@ -21,17 +21,21 @@ from b2batch.spec import ModelSpec, resolve_env
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 _HASH_WHOLE_BELOW = 1 << 30
 _PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint's directory, its parsed configs and where it came from."""
+    """A checkpoint's directory, its parsed configs and where it came from.
+
+    ``source`` is what the user wrote, with the revision that a hub resolved; ``is_local`` says that
+    no hub was asked, so that the files themselves are all there is to identify it by.
+    """
 
     directory: Path
-    source: str  # what the user wrote, with the revision that was resolved
+    source: str
+    is_local: bool
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
 
@@ -43,18 +47,18 @@ class Checkpoint:
         return str(declared or ("baichuan" if "aichuan" in architectures[0] else "unknown"))
 
     def digest(self) -> str:
-        """sha256 over the names and contents of weights, configs and tokenizer.
+        """sha256 of what makes the answers: configs, tokenizer and weights.
 
-        A file of 1 GiB or more counts by size and both ends (1 MiB each) unless its hub cache name
-        already is its sha256: hashing tens of gigabytes would delay every start.
+        A hub's weights count by the revision, which the hub keeps; local ones by their content. A
+        local file of 1 GiB or more counts by size and both ends (1 MiB each): hashing tens of
+        gigabytes would delay every start.
         """
-        total = hashlib.sha256()
-        for path in sorted(self._files(), key=lambda p: p.name):
+        total = hashlib.sha256(b"" if self.is_local else self.source.encode())
+        patterns = _SMALL_FILES + _WEIGHT_FILES if self.is_local else _SMALL_FILES
+        files = {path for pattern in patterns for path in self.directory.glob(pattern)}
+        for path in sorted(files, key=lambda p: p.name):
             total.update(f"{path.name}\0{_file_digest(path)}\n".encode())
         return total.hexdigest()
-
-    def _files(self) -> set[Path]:
-        return {path for pattern in _SMALL_FILES + _WEIGHT_FILES for path in self.directory.glob(pattern)}
 
 
 def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
@@ -65,24 +69,28 @@ def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
     Raises:
         ModelError: there is no such checkpoint, or its files are not what a checkpoint needs.
     """
-    directory, source = _locate(resolve_env(spec.model), spec.revision, weights)
+    directory, source, is_local = _locate(resolve_env(spec.model), spec.revision, weights)
     config = read_json(directory / "config.json")
     if config is None:
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-        raise ModelError(f"model.model: {directory} holds no config.json, so it is no checkpoint; found {found}")
-    if weights and not any(p for pattern in _WEIGHT_FILES for p in directory.glob(pattern)):
+        raise ModelError(
+            f"model.model: {directory} holds no config.json, so it is no checkpoint; found {found}"
+        )
+    if (weights or is_local) and not any(p for pattern in _WEIGHT_FILES for p in directory.glob(pattern)):
         raise ModelError(f"model.model: {directory} holds no weights (*.safetensors or *.bin)")
-    return Checkpoint(directory, source, config, read_json(directory / "generation_config.json") or {})
+    generation_config = read_json(directory / "generation_config.json") or {}
+    return Checkpoint(directory, source, is_local, config, generation_config)
 
 
-def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str]:
+def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str, bool]:
     if name in EMBEDDED_MODELS:
-        return EMBEDDED_MODELS[name], name
+        return EMBEDDED_MODELS[name], name, True
     if name.startswith("ms://"):
-        return _from_modelscope(name.removeprefix("ms://"), revision, weights), f"{name}@{revision or 'master'}"
+        directory = _from_modelscope(name.removeprefix("ms://"), revision, weights)
+        return directory, f"{name}@{revision or 'master'}", False
     path = Path(name).expanduser()
     if path.is_dir():
-        return path, name
+        return path, name, True
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         embedded = ", ".join(sorted(EMBEDDED_MODELS))
         raise ModelError(
@@ -90,12 +98,12 @@ def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str]:
             f"a ms://owner/name or an embedded model ({embedded})"
         )
     directory = _from_huggingface(name, revision, weights)
-    return directory, f"{name}@{directory.name}"  # a snapshot's directory is named by its commit
+    return directory, f"{name}@{directory.name}", False  # a snapshot's directory is named by its commit
 
 
 def _from_huggingface(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
     try:
@@ -142,9 +150,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _file_digest(path: Path) -> str:
-    blob = path.resolve().name
-    if _BLOB_NAME.fullmatch(blob):
-        return blob
     size = path.stat().st_size
     with path.open("rb") as file:
         if size < _HASH_WHOLE_BELOW:

@@ -12,7 +12,6 @@ from b2batch.models.checkpoint import Checkpoint, read_json
 from b2batch.models.tokenizer import BaichuanTokenizer, Tokenizer, TransformersTokenizer
 from b2batch.spec import ModelSpec
 
-
 _VOCAB_SIZE_1 = 64_000  # every released Baichuan 1; Baichuan 2 has 125,696
 
 
@@ -58,7 +57,9 @@ class BaichuanFamily:
         settings = read_json(checkpoint.directory / "tokenizer_config.json") or {}
         model_file = checkpoint.directory / "tokenizer.model"
         if not model_file.exists():
-            raise ModelError(f"{checkpoint.directory}: no tokenizer.model, which every Baichuan checkpoint has")
+            raise ModelError(
+                f"{checkpoint.directory}: no tokenizer.model, which every Baichuan checkpoint has"
+            )
         tokenizer = BaichuanTokenizer(model_file, add_bos=bool(settings.get("add_bos_token", False)))
         if tokenizer.vocab_size > int(checkpoint.config["vocab_size"]):
             raise ModelError(
@@ -66,7 +67,9 @@ class BaichuanFamily:
                 f"{checkpoint.config['vocab_size']} embeddings (config.json, vocab_size)"
             )
         stops = _stop_token_ids(checkpoint)
-        return PromptCodec(tokenizer, self._chat(checkpoint, spec, tokenizer), stops, _max_len(checkpoint, spec))
+        return PromptCodec(
+            tokenizer, self._chat(checkpoint, spec, tokenizer), stops, _max_len(checkpoint, spec)
+        )
 
     def config_overrides(self, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
         """See ``Family``."""

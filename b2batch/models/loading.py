@@ -116,7 +116,9 @@ def _from_pretrained(
         raise ModelError(f"{checkpoint.source}: the checkpoint cannot be loaded: {error}") from error
     except Exception as error:  # safetensors' and pickle's own exception types
         name = type(error).__name__
-        raise ModelError(f"{checkpoint.source}: the weights are damaged or refused: {name}: {error}") from error
+        raise ModelError(
+            f"{checkpoint.source}: the weights are damaged or refused: {name}: {error}"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         names = ", ".join(missing[:5] or [str(key) for key in sorted(report["mismatched_keys"])[:5]])

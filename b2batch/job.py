@@ -1,0 +1,386 @@
+"""A job from its spec to its result: the composition root; nothing else knows all parts.
+
+preflight   spec, checkpoint, tokenizer, input, columns, output: refused here, before any replica
+plan        input files → units; the run's identity = settings that matter + plan + weights
+resume      units that have a part already are done
+drive       the others → replicas → parts
+finalise    all rows accounted for → _SUCCESS, last
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from b2batch.encoding import RowEncoder
+from b2batch.errors import B2BatchError, Drained, Fenced, InputError
+from b2batch.inputs.plan import Plan, make_plan
+from b2batch.inputs.prompts import PromptRenderer
+from b2batch.inputs.schema import check_columns
+from b2batch.models.checkpoint import Checkpoint, open_checkpoint
+from b2batch.models.families import PromptCodec, family_of
+from b2batch.outputs.finalise import finalise
+from b2batch.outputs.lease import Epoch
+from b2batch.outputs.record import RunRecord
+from b2batch.outputs.run import RunDirectory
+from b2batch.outputs.schema import output_schema
+from b2batch.outputs.status import RunState, Status, write_status
+from b2batch.outputs.store import Store, open_store
+from b2batch.rows import UnitCounts, WorkUnit
+from b2batch.spec import JobSpec
+from b2batch.telemetry import Progress
+
+logger = logging.getLogger(__name__)
+
+_STATUS_INTERVAL_S = 5.0
+_PROVENANCE_PACKAGES = ("b2batch", "torch", "transformers", "ray", "pyarrow", "sentencepiece")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedJob:
+    """A job that was found sound, with all that was worked out on the way; nothing has run."""
+
+    spec: JobSpec
+    checkpoint: Checkpoint
+    codec: PromptCodec
+    encoder: RowEncoder
+    plan: Plan
+    schema: pa.Schema
+    record: RunRecord
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """Where a running job is. Rows include those that earlier starts committed."""
+
+    num_rows: int
+    num_rows_done: int
+    num_error_rows: int
+    num_units: int
+    num_units_committed: int
+    live: Progress
+    num_ready: int
+    num_starting: int
+    num_lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A finished job. ``num_rows_resumed`` of its rows were committed by earlier starts."""
+
+    output: str
+    run_id: str
+    counts: UnitCounts
+    num_skipped_blank: int
+    num_rows_resumed: int
+    num_replicas_lost: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How this start of a job is to be done; none of it changes a result."""
+
+    overwrite: bool = False
+    takeover: bool = False
+    allow_foreign: bool = False
+    on_progress: Callable[[JobProgress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def prepare_job(spec: JobSpec) -> PreparedJob:
+    """Preflight and plan: everything that can be wrong with a job and seen without running it.
+
+    Raises:
+        CallerError: the spec, the checkpoint, the input or their combination is refused.
+    """
+    checkpoint = open_checkpoint(spec.model, weights=False)
+    codec = family_of(checkpoint).codec(checkpoint, spec.model)
+    encoder = RowEncoder(spec, codec, checkpoint.generation_config)
+    plan = make_plan(spec.input)
+    _refuse_own_output(spec, plan)
+    schema = check_schema(spec, plan.schema)
+    record = RunRecord.make(
+        spec,
+        plan_digest=plan.digest,
+        num_units=len(plan.units),
+        files=[asdict(file) for file in plan.files],
+        model_digest=checkpoint.digest(),
+        provenance=_provenance(spec, checkpoint),
+    )
+    return PreparedJob(spec, checkpoint, codec, encoder, plan, schema, record)
+
+
+def check_schema(spec: JobSpec, input_schema: pa.Schema) -> pa.Schema:
+    """The output's schema, once every column that the spec names was found in the input.
+
+    Raises:
+        SpecError: a column is missing, or collides with one of b2batch's own.
+    """
+    PromptRenderer(spec.prompt).check_columns(input_schema)
+    if spec.input.key is not None:
+        check_columns(input_schema, [spec.input.key], "input.key")
+    if spec.input.sampling_column is not None:
+        check_columns(input_schema, [spec.input.sampling_column], "input.sampling_column")
+    return output_schema(input_schema, spec)
+
+
+def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
+    """Run a job to its end, or go on with it: the same call after any crash resumes.
+
+    Raises:
+        CallerError: refused before anything ran.
+        IntegrityError: the input or the spec is not what the existing output was made from.
+        RunLocked: another live driver works on this output.
+        Drained: ``options.should_stop`` asked for it.
+        ErrorBudgetExceeded: finished, but with more failed rows than allowed.
+        ClusterError: replicas could not be had or kept; the run can be resumed.
+    """
+    started_s = time.monotonic()
+    options = options or RunOptions()
+    job = prepare_job(spec)
+    store = open_store(spec.output.path, job.record.run_id)
+    directory = RunDirectory.open(
+        store,
+        job.record,
+        job.plan.to_bytes(),
+        overwrite=options.overwrite,
+        allow_foreign=options.allow_foreign,
+    )
+    success = directory.success()
+    if success is not None:
+        logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
+        success.check_budget(spec.errors.max_error_rate)
+        return _result(job, store, success.counts, success.counts.num_rows, 0, started_s)
+    with directory.take_epoch(takeover=options.takeover) as epoch:
+        return _Run(job, store, directory, epoch, options, started_s).drive()
+
+
+class _Run:
+    """One start of a driver that holds the lease."""
+
+    def __init__(
+        self,
+        job: PreparedJob,
+        store: Store,
+        directory: RunDirectory,
+        epoch: Epoch,
+        options: RunOptions,
+        started_s: float,
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._directory = directory
+        self._epoch = epoch
+        self._options = options
+        self._started_s = started_s
+        self._started = _utc_now()
+        self._resumed = UnitCounts()
+        self._num_resumed_units = 0
+        self._counts = UnitCounts()
+        self._num_units_committed = 0
+        self._num_ready = 0
+        self._num_lost = 0
+        self._next_status_s = 0.0
+
+    def drive(self) -> JobResult:
+        """Drive the run to its end; ``status.json`` tells how it ended in any case."""
+        try:
+            self._run_pending()
+            self._write_status(RunState.FINALISING)
+            success = finalise(
+                self._directory,
+                self._job.plan.units,
+                self._job.schema,
+                num_skipped_blank=self._job.plan.num_blank,
+                max_error_rate=self._job.spec.errors.max_error_rate,
+            )
+        except BaseException as error:
+            self._write_end(error)
+            raise
+        self._write_status(RunState.SUCCEEDED, exit_code=0)
+        return _result(
+            self._job, self._store, success.counts, self._resumed.num_rows, self._num_lost, self._started_s
+        )
+
+    def _run_pending(self) -> None:
+        units = self._job.plan.units
+        committed = self._directory.committed_units(units)
+        self._resumed = self._counts = sum(committed.values(), UnitCounts())
+        self._num_resumed_units = self._num_units_committed = len(committed)
+        pending = [unit for unit in units if unit.index not in committed]
+        logger.info(
+            "run %s epoch %d: %d rows in %d units, %d units committed already",
+            self._job.record.run8,
+            self._epoch.number,
+            self._job.plan.num_rows,
+            len(units),
+            len(committed),
+        )
+        self._write_status(RunState.RUNNING)
+        if pending:
+            self._run_on_cluster(pending)
+
+    def _run_on_cluster(self, pending: list[WorkUnit]) -> None:
+        # Ray takes seconds to import: only a run that has work pays for it.
+        from b2batch.cluster.dispatch import DispatchPolicy
+        from b2batch.cluster.driver import RunHooks, run_units
+        from b2batch.cluster.fleet import RayFleet
+        from b2batch.cluster.placement import connect
+        from b2batch.worker import make_worker
+
+        spec = self._job.spec
+        hooks = RunHooks(
+            find_committed=self._find_committed,
+            on_progress=self._note_progress,
+            on_beat=self._epoch.beat,
+            should_stop=self._options.should_stop,
+        )
+        with connect(spec.cluster) as cluster:
+            placement = cluster.place(spec.cluster, spec.model.device, len(pending))
+            logger.info(
+                "%d replicas of %g CPUs and %g GPUs each",
+                placement.num_replicas,
+                placement.num_cpus,
+                placement.num_gpus,
+            )
+            fleet = RayFleet(placement, partial(make_worker, self._worker_args()))
+            policy = DispatchPolicy(placement.num_replicas, spec.cluster.start_timeout_s)
+            totals = run_units(pending, fleet, policy, hooks, drain_grace_s=spec.cluster.drain_grace_s)
+        self._num_lost = totals.num_replicas_lost
+
+    def _worker_args(self) -> Any:
+        from b2batch.worker import WorkerArgs
+
+        return WorkerArgs(
+            spec=_with_absolute_model(self._job.spec),
+            files=self._job.plan.files,
+            input_schema=self._job.plan.schema,
+            output_uri=self._store.uri,
+            run_id=self._job.record.run_id,
+            epoch=self._epoch.number,
+            provenance=self._job.record.provenance,
+        )
+
+    def _find_committed(self, unit: WorkUnit) -> UnitCounts | None:
+        report = self._directory.find_part(unit)
+        return None if report is None else report.counts
+
+    def _note_progress(self, progress: Any) -> None:
+        """Take the driver's progress in; tell the caller, and now and then ``status.json``."""
+        self._counts = self._resumed + progress.counts
+        self._num_units_committed = self._num_resumed_units + progress.num_committed
+        self._num_ready, self._num_lost = progress.num_ready, progress.num_lost
+        self._options.on_progress(
+            JobProgress(
+                num_rows=self._job.plan.num_rows,
+                num_rows_done=min(self._job.plan.num_rows, self._resumed.num_rows + progress.live.num_rows),
+                num_error_rows=self._resumed.num_error + progress.live.num_error_rows,
+                num_units=len(self._job.plan.units),
+                num_units_committed=self._num_units_committed,
+                live=progress.live,
+                num_ready=progress.num_ready,
+                num_starting=progress.num_starting,
+                num_lost=progress.num_lost,
+            )
+        )
+        now_s = time.monotonic()
+        if now_s >= self._next_status_s:
+            self._next_status_s = now_s + _STATUS_INTERVAL_S
+            self._write_status(RunState.RUNNING)
+
+    def _write_end(self, error: BaseException) -> None:
+        """Note how the run ended, unless another driver owns the status by now."""
+        if isinstance(error, Fenced):
+            return
+        exit_code = error.exit_code if isinstance(error, B2BatchError) else 1
+        state = RunState.DRAINED if isinstance(error, Drained) else RunState.FAILED
+        if exit_code == 3:
+            state = RunState.SUCCEEDED  # every row is accounted for; the code says that too many failed
+        try:
+            self._write_status(state, exit_code=exit_code, reason=str(error)[:2000])
+        except (OSError, B2BatchError) as second:
+            logger.warning("the status could not be written: %s", second)
+
+    def _write_status(self, state: RunState, *, exit_code: int | None = None, reason: str = "") -> None:
+        write_status(
+            self._store,
+            Status(
+                run_id=self._job.record.run_id,
+                state=state,
+                epoch=self._epoch.number,
+                num_units=len(self._job.plan.units),
+                num_units_committed=self._num_units_committed,
+                counts=self._counts,
+                num_replicas=self._num_ready,
+                started=self._started,
+                updated=_utc_now(),
+                exit_code=exit_code,
+                reason=reason,
+            ),
+        )
+
+
+def _result(
+    job: PreparedJob, store: Store, counts: UnitCounts, num_resumed: int, num_lost: int, started_s: float
+) -> JobResult:
+    return JobResult(
+        output=store.uri,
+        run_id=job.record.run_id,
+        counts=counts,
+        num_skipped_blank=job.plan.num_blank,
+        num_rows_resumed=num_resumed,
+        num_replicas_lost=num_lost,
+        wall_s=time.monotonic() - started_s,
+    )
+
+
+def _refuse_own_output(spec: JobSpec, plan: Plan) -> None:
+    """An output directory inside an input directory would be read as input by the next start."""
+    output = open_store(spec.output.path, "0" * 64).uri.rstrip("/") + "/"
+    inside = [file.uri for file in plan.files if file.uri.startswith(output)]
+    if inside:
+        raise InputError(
+            f"input.path: {inside[0]} lies in output.path {spec.output.path}; keep the two apart"
+        )
+
+
+def _with_absolute_model(spec: JobSpec) -> JobSpec:
+    """A relative model path means the driver's directory, not a replica's."""
+    path = Path(spec.model.model).expanduser()
+    if not path.is_dir():
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"model": str(path.absolute())})})
+
+
+def _provenance(spec: JobSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What may change bits and was not asked to: versions, dtype, the model's source."""
+    return {
+        "model": checkpoint.source,
+        "model_type": checkpoint.model_type,
+        "dtype": spec.model.dtype,
+        "device": spec.model.device,
+        "engine": spec.engine.model_dump(mode="json"),
+        "seed": spec.sampling.seed,
+        "versions": {name: _version(name) for name in _PROVENANCE_PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
