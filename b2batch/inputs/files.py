@@ -55,7 +55,7 @@ class FoundFile:
     def uri(self) -> str:
         """Where the file stands, for people: credentials in it are masked."""
         root, mark, query = self.root.partition("?")
-        return _CREDENTIALS.sub("://***@", f"{root.rstrip('/')}/{self.path}{mark}{query}")
+        return mask_credentials(f"{root.rstrip('/')}/{self.path}{mark}{query}")
 
     def locate(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the path within it."""
@@ -75,6 +75,11 @@ class InputFile(FoundFile):
     num_rows: int
     num_blank: int
     fingerprint: str
+
+
+def mask_credentials(text: str) -> str:
+    """``text`` without the user and password of any URI in it."""
+    return _CREDENTIALS.sub("://***@", text)
 
 
 def check_unchanged(file: InputFile) -> None:
@@ -114,7 +119,7 @@ def named_faults(file: FoundFile) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:500]
+    return mask_credentials((str(error).splitlines() or [type(error).__name__])[0][:500])
 
 
 def recognise(file: FoundFile, wanted: str) -> str:

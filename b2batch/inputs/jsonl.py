@@ -12,7 +12,7 @@ from b2batch.inputs.files import FoundFile, InputFile, named_faults
 from b2batch.inputs.kinds import NULL, Kind, Misfit, fit, from_field, kind_of, to_field, unify
 from b2batch.inputs.lines import Line, split_lines
 from b2batch.inputs.reader import FileScan
-from b2batch.inputs.streams import HashedFile, TextStream, fast_fingerprint
+from b2batch.inputs.streams import TextStream
 from b2batch.inputs.strict_json import parse_record, shown
 from b2batch.inputs.unit import UnitCutter, UnitRows, null_rows
 from b2batch.rows import PromptRow, WorkUnit
@@ -23,17 +23,15 @@ def scan(file: FoundFile, spec: InputSpec) -> FileScan:
     """Find rows, units, column types and fingerprint in one pass; InputError when it does not decompress."""
     cutter = UnitCutter(spec.rows_per_unit)
     kinds: dict[str, Kind] = {}
-    with named_faults(file):
-        stored = HashedFile(file) if spec.fingerprint == "full" else None
-        with closing(TextStream(file, stored)) as stream:
-            for line in split_lines(stream.read, 0, None, spec.max_record_bytes):
-                if line.is_blank:
-                    cutter.add_blank()
-                    continue
-                if cutter.num_rows < spec.infer_rows:
-                    _infer(line, kinds)
-                cutter.add_row(line.start, line.stop)
-            fingerprint = stored.fingerprint() if stored else fast_fingerprint(file)
+    with named_faults(file), closing(TextStream(file, hashed=spec.fingerprint == "full")) as stream:
+        for line in split_lines(stream.read, 0, None, spec.max_record_bytes):
+            if line.is_blank:
+                cutter.add_blank()
+                continue
+            if cutter.num_rows < spec.infer_rows:
+                _infer(line, kinds)
+            cutter.add_row(line.start, line.stop)
+        fingerprint = stream.fingerprint()
     schema = pa.schema([to_field(name, kind) for name, kind in kinds.items()])
     return FileScan(cutter.num_rows, cutter.num_blank, fingerprint, schema, cutter.spans())
 

@@ -135,7 +135,7 @@ def settle(kind: Kind) -> Kind:
     return JSON if kind is NULL else kind
 
 
-class Misfit(Exception):  # noqa: N818 - not an error of its own: the reader makes a row's failure of it
+class Misfit(Exception):
     """A value that its column cannot hold; the message says where, what is expected and what was found."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from b2batch.errors import InputError
-from b2batch.inputs.files import FoundFile
+from b2batch.inputs.files import FoundFile, mask_credentials
 from b2batch.spec import InputSpec, resolve_env
 from b2batch.storage import open_filesystem
 
@@ -65,9 +65,9 @@ def _matches(text: str) -> list[_Match]:
     try:
         found = list(_look_up(base, pattern))
     except OSError as error:
-        raise InputError(f"input.path: {text}: cannot be listed: {error}") from error
+        raise InputError(mask_credentials(f"input.path: {text}: cannot be listed: {error}")) from error
     if not found:
-        raise InputError(f"input.path: {text}: " + _nothing_found(base, pattern))
+        raise InputError(mask_credentials(f"input.path: {text}: {_nothing_found(base, pattern)}"))
     return found
 
 

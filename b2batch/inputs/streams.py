@@ -70,25 +70,32 @@ def fast_fingerprint(file: FoundFile) -> str:
 
 
 class TextStream:
-    """The decompressed bytes of a file, read forward; ``position`` counts those already given."""
+    """The decompressed bytes of a file, read forward; ``position`` counts those already given.
 
-    def __init__(self, file: FoundFile, stored: HashedFile | None = None) -> None:
+    With ``hashed`` the stored bytes are hashed as they go by, and the stream cannot move.
+    """
+
+    def __init__(self, file: FoundFile, hashed: bool = False) -> None:
         self._compression = compression_of(file)
         self._max_bytes = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * file.size)
         self._file = file
-        self._stored = stored
+        self._hashed = HashedFile(file) if hashed else None
         self._stream = self._open()
         self.position = 0
 
     def _open(self) -> Any:
         filesystem, path = self._file.locate()
-        if self._stored is None and self._compression is None:
+        if self._hashed is None and self._compression is None:
             return filesystem.open_input_file(path)
-        if self._stored is None:
+        if self._hashed is None:
             return filesystem.open_input_stream(path, compression=self._compression)
         if self._compression is None:
-            return self._stored
-        return pa.CompressedInputStream(pa.PythonFile(self._stored, mode="r"), self._compression)
+            return self._hashed
+        return pa.CompressedInputStream(pa.PythonFile(self._hashed, mode="r"), self._compression)
+
+    def fingerprint(self) -> str:
+        """Of the stored bytes: the full one where they were hashed, else the fast one."""
+        return self._hashed.fingerprint() if self._hashed else fast_fingerprint(self._file)
 
     def read(self, size: int) -> bytes:
         """Up to ``size`` bytes, fewer only at the end; InputError for a file that expands without end."""
