@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,11 +11,20 @@ from pydantic import ValidationError
 from b2batch.engine.request import Request
 from b2batch.errors import RowError, RowFault, SpecError, Stage
 from b2batch.inputs.prompts import Prompt, PromptRenderer
+from b2batch.models.chat import input_budget
 from b2batch.models.families import PromptCodec
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec, SamplingSpec
 
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "do_sample")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A row's request, and whether ``prompt.on_too_long`` cut its prompt."""
+
+    request: Request
+    prompt_truncated: bool
 
 
 class RowEncoder:
@@ -46,7 +55,7 @@ class RowEncoder:
         """The prompt of a row before it is tokenised; RowError as ``PromptRenderer.render``."""
         return self._renderer.render(row.columns)
 
-    def encode(self, row: PromptRow) -> Request:
+    def encode(self, row: PromptRow) -> EncodedRow:
         """The request of a row, named by its ``row_id``.
 
         Raises:
@@ -54,49 +63,50 @@ class RowEncoder:
         """
         prompt = self.render(row)
         sampling = self._row_sampling(row)
-        ids = self._encode_chat(prompt, sampling) if self._uses_chat else self._encode_text(prompt, sampling)
+        whole = self._encode_chat(prompt) if self._uses_chat else self._encode_text(prompt)
+        ids = self._shorten(whole, prompt, sampling)
         if not ids:
             raise RowError(RowFault.PROMPT_EMPTY, "the prompt has no tokens", Stage.ENCODE)
         context = self._codec.max_model_len
         if len(ids) >= context:
             raise RowError(
                 RowFault.PROMPT_TOO_LONG,
-                f"the prompt has {len(ids)} tokens, which leaves no room for an answer in a context of {context}",
+                f"the prompt has {len(ids)} tokens, which leaves no room for an answer "
+                f"in a context of {context}",
                 Stage.ENCODE,
             )
-        return Request(row.row_id, ids, sampling)
+        return EncodedRow(Request(row.row_id, ids, sampling), len(ids) < len(whole))
 
-    def _encode_chat(self, prompt: Prompt, sampling: SamplingSpec) -> list[int]:
-        chat = self._codec.chat
-        assert chat is not None
-        messages = [asdict(message) for message in prompt.messages]
-        allow_special = self._prompt.allow_special_tokens
-        if self._prompt.on_too_long == "error":
-            return chat.encode(messages, allow_special=allow_special)
-        return chat.encode_newest(
-            messages,
-            max_model_len=self._codec.max_model_len,
-            max_new_tokens=sampling.max_tokens or 1,
-            allow_special=allow_special,
-        )
+    def _encode_chat(self, prompt: Prompt) -> list[int]:
+        assert self._codec.chat is not None
+        return self._codec.chat.encode(_turns(prompt), allow_special=self._prompt.allow_special_tokens)
 
-    def _encode_text(self, prompt: Prompt, sampling: SamplingSpec) -> list[int]:
+    def _encode_text(self, prompt: Prompt) -> list[int]:
         if prompt.text is None:
             raise RowError(
                 RowFault.PROMPT_TYPE,
                 "the prompt is a list of messages, but the model has no chat format",
                 Stage.ENCODE,
             )
-        ids = self._codec.tokenizer.encode_prompt(
+        return self._codec.tokenizer.encode_prompt(
             prompt.text, allow_special=self._prompt.allow_special_tokens
         )
-        room = max(1, self._codec.max_model_len - (sampling.max_tokens or 1))
-        match self._prompt.on_too_long:
-            case "truncate_left":
-                return ids[-room:]
-            case "truncate_right":
-                return ids[:room]
-        return ids
+
+    def _shorten(self, ids: list[int], prompt: Prompt, sampling: SamplingSpec) -> list[int]:
+        """``ids``, cut as ``on_too_long`` says where they leave no room for ``max_tokens``."""
+        context, max_tokens = self._codec.max_model_len, sampling.max_tokens or 1
+        if self._prompt.on_too_long == "error" or len(ids) <= context - max_tokens:
+            return ids
+        if self._uses_chat:
+            assert self._codec.chat is not None
+            return self._codec.chat.encode_newest(
+                _turns(prompt),
+                max_model_len=context,
+                max_new_tokens=max_tokens,
+                allow_special=self._prompt.allow_special_tokens,
+            )
+        room = input_budget(context, max_tokens)
+        return ids[-room:] if self._prompt.on_too_long == "truncate_left" else ids[:room]
 
     def _row_sampling(self, row: PromptRow) -> SamplingSpec:
         """The job's sampling with the row's own overrides."""
@@ -131,6 +141,10 @@ class RowEncoder:
             raise RowError(
                 RowFault.SAMPLING, f"{where}: {fault['msg']}, found {fault['input']!r}", Stage.ENCODE
             ) from None
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    return [asdict(message) for message in prompt.messages]
 
 
 def sampling_of(spec: SamplingSpec, generation_config: Mapping[str, Any]) -> SamplingSpec:

@@ -76,10 +76,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the engine made of one prompt: ``samples[0]`` is the answer, the rest are ``n > 1``."""
+    """What the engine made of one prompt: ``samples[0]`` is the answer, the rest are ``n > 1``.
+
+    ``prompt_truncated`` says that ``prompt.on_too_long`` cut the prompt.
+    """
 
     num_input_tokens: int
     samples: tuple[Sample, ...]
+    prompt_truncated: bool = False
 
     @property
     def num_generated_tokens(self) -> int:

@@ -23,7 +23,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in text:
         return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     try:
-        return pafs.FileSystem.from_uri(text)
+        filesystem, path = pafs.FileSystem.from_uri(text)
+        return filesystem, path
     except (ValueError, OSError):  # not one of pyarrow's schemes
         pass
     try:

@@ -65,6 +65,7 @@ class _OpenUnit:
     attempt: int
     rows: Sequence[PromptRow]
     columns: pa.Table
+    truncated: set[str] = field(default_factory=set)  # row ids whose prompt was cut
     results: dict[str, ResultRow] = field(default_factory=dict)
 
     @property
@@ -166,21 +167,25 @@ class Worker:
             self._fail(open_unit, row.row_id, row.failure)
             return None
         try:
-            return self._encoder.encode(row)
+            encoded = self._encoder.encode(row)
         except RowError as error:
             self._fail(open_unit, row.row_id, error.failure)
             return None
+        if encoded.prompt_truncated:
+            open_unit.truncated.add(row.row_id)
+        return encoded.request
 
     def _take(self, finished: Finished) -> None:
         """Book an answered row."""
-        open_unit = self._unit_of.pop(finished.request_id)
+        row_id = finished.request_id
+        open_unit = self._unit_of.pop(row_id)
         failure = _failure_of(finished.completions)
         if failure is not None:
-            self._fail(open_unit, finished.request_id, failure)
+            self._fail(open_unit, row_id, failure)
             return
         samples = tuple(self._sample(completion) for completion in finished.completions)
-        generation = Generation(finished.num_prompt_tokens, samples)
-        open_unit.results[finished.request_id] = ResultRow(finished.request_id, generation)
+        generation = Generation(finished.num_prompt_tokens, samples, row_id in open_unit.truncated)
+        open_unit.results[row_id] = ResultRow(row_id, generation)
         self._progress += Progress(
             num_rows=1,
             num_input_tokens=generation.num_input_tokens,

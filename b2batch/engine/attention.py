@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def arena_attention(
 ) -> tuple[Tensor, None]:
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
     step = _current.get()
-    keys_SKD, values_SKD = step.caches[module.layer_idx]  # type: ignore[index]
+    keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
     slopes: Tensor | None = getattr(module, "alibi_slopes", None)
@@ -187,7 +187,7 @@ def _attend(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One attention call with its log-sum-exp; as many key as query heads. ``bias`` is (1 or Q, 1 or T, S)."""
+    """One attention call and its log-sum-exp; as many key as query heads; bias (1 or Q, 1 or T, S)."""
     query, keys, values = (x.transpose(0, 1)[None] for x in (query_TQD, keys_SQD, values_SQD))
     if query.is_cpu:
         mask = None

@@ -37,8 +37,8 @@ def refuse_windows(model: PreTrainedModel, max_model_len: int) -> None:
     uses_window = any("sliding" in kind for kind in kinds) if kinds else window is not None
     if window and uses_window and window < max_model_len:
         raise ModelError(
-            f"{type(model).__name__} attends to a sliding window of {window} tokens, which the engine does not "
-            f"do; sequences up to that length are exact: set model.max_model_len to {window} or less"
+            f"{type(model).__name__} attends to a sliding window of {window} tokens, which the engine does "
+            f"not do; sequences up to that length are exact: set model.max_model_len to {window} or less"
         )
 
 

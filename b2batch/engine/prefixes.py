@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 MIN_PREFIX_TOKENS = 32  # below this, a separate attention call costs more than the tokens it saves
 
@@ -15,8 +16,8 @@ def shared_prefix_lengths(prompts: Sequence[Sequence[int]]) -> list[int]:
     more. What saves more tokens, (rows - 1) x length summed over groups, is taken. A prefix is never
     the whole of a prompt: each keeps a token of its own, whose logits start the answer.
     """
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    common = [_common_length(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    common = [_common_length(prompts[a], prompts[b]) for a, b in pairwise(order)]
     lengths = [0] * len(prompts)
     for first, last, length in _best_groups(common):
         for index in order[first : last + 1]:

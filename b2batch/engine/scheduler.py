@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from b2batch.engine.kv import PrefixCache, PrefixSpan, SpanAllocator
 from b2batch.engine.prefixes import shared_prefix_lengths
@@ -138,7 +139,7 @@ class Scheduler:
         self._allocator.check_integrity()
         spans = [s.span for s in self.running if s.span] + [prefix.span for prefix in self._prefixes]
         spans.sort(key=lambda span: span.start)
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in pairwise(spans):
             assert before.stop <= after.start, (before, after)
         assert sum(span.size for span in spans) + self._allocator.num_free == self.limits.kv_cache_tokens
 

@@ -193,6 +193,7 @@ def _record(result: ResultRow) -> dict[str, Any]:
         "finish_reason": answer.finish_reason.value,
         "num_input_tokens": generation.num_input_tokens,
         "num_generated_tokens": generation.num_generated_tokens,
+        "prompt_truncated": generation.prompt_truncated,
         "samples": _samples_value(generation),
         "logprobs": _logprobs_value(answer),
     }

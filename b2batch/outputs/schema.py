@@ -42,6 +42,8 @@ def own_columns(spec: JobSpec) -> dict[str, pa.DataType]:
         "num_input_tokens": pa.int32(),
         "num_generated_tokens": pa.int32(),
     }
+    if spec.prompt.on_too_long != "error":
+        columns["prompt_truncated"] = pa.bool_()
     if spec.sampling.n > 1:
         columns["samples"] = _SAMPLES
     if spec.sampling.logprobs is not None:
