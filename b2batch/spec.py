@@ -4,6 +4,9 @@
 validates; every message names the field, what was found and what is allowed. ``${env:NAME}`` stays
 a reference in the tree, so no dump, hash or log of a spec can hold a secret: ``resolve_env`` puts
 the value in at the place of use.
+
+``model.model`` may name a config fragment, ``configs/models/NAME.yaml``: its ``model`` and
+``sampling`` keys then hold wherever the job does not say otherwise.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import SpecError
 
 MAX_JOB_FILE_BYTES = 256 * 1024
+_FRAGMENT_DIRECTORY = Path("configs", "models")
+_FRAGMENT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _ENV_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -309,22 +315,91 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """``document`` with ``a.b=value`` overrides put in; values are read as YAML scalars or lists."""
-    merged: dict[str, Any] = json.loads(json.dumps(document, default=str))
+    values: dict[str, Any] = {}
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise SpecError(f"--set {override}: expected KEY=VALUE, such as sampling.max_tokens=64")
+        try:
+            values[dotted] = yaml.load(text, _StrictLoader) if text else None
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {override}: not a YAML value: {error}") from error
+    return set_values(document, values)
+
+
+def set_values(document: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``document`` with the value of each dotted key put in, sections made where there are none."""
+    merged: dict[str, Any] = json.loads(json.dumps(document, default=str))
+    for dotted, value in values.items():
         section = merged
         *parents, leaf = dotted.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise SpecError(f"--set {override}: {parent} is not a section")
-        try:
-            section[leaf] = yaml.load(text, _StrictLoader) if text else None
-        except yaml.YAMLError as error:
-            raise SpecError(f"--set {override}: not a YAML value: {error}") from error
+                raise SpecError(f"{dotted}: {parent} is not a section")
+        section[leaf] = value
     return merged
+
+
+def find_fragments(directories: Iterable[Path]) -> dict[str, Path]:
+    """Name → file of each ``configs/models/NAME.yaml`` in or above the directories; the nearest counts."""
+    found: dict[str, Path] = {}
+    for directory in directories:
+        start = directory.absolute()
+        for place in (start, *start.parents):
+            for path in sorted((place / _FRAGMENT_DIRECTORY).glob("*.yaml")):
+                found.setdefault(path.stem, path)
+    return found
+
+
+def apply_fragment(document: Mapping[str, Any], directories: Iterable[Path]) -> dict[str, Any]:
+    """``document`` with the fragment that its ``model.model`` names laid under its own keys.
+
+    A name is looked up as a fragment first, then as an embedded model, then as a local directory
+    (``./NAME`` is always a directory); anything with a slash is no name, and left alone.
+
+    Raises:
+        SpecError: nothing has that name, or the fragment has sections that are not a fragment's.
+    """
+    model = document.get("model")
+    name = model.get("model") if isinstance(model, Mapping) else None
+    if not isinstance(name, str) or not _FRAGMENT_NAME.fullmatch(name):
+        return dict(document)
+    fragments = find_fragments(directories)
+    if name in fragments:
+        return _laid_under(document, name, fragments[name])
+    if name not in EMBEDDED_MODELS and not Path(name).is_dir():
+        raise SpecError(f"model.model: nothing is named {name!r}: {_known_models(name, fragments)}")
+    return dict(document)
+
+
+def _laid_under(document: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    fragment = read_yaml(path)
+    unknown = sorted(fragment.keys() - {"model", "sampling"})
+    sections = [section for section in fragment.values() if not isinstance(section, dict)]
+    if unknown or sections or "model" not in fragment.get("model", {}):
+        raise SpecError(
+            f"{path}: a model fragment has the section model, with its key model, and may have sampling"
+            + (f"; found {unknown[0]!r}" if unknown else "")
+        )
+    merged = dict(document)
+    for key, defaults in fragment.items():
+        own = document.get(key)
+        if own is None or isinstance(own, Mapping):
+            merged[key] = {**defaults, **(own or {})}
+    merged["model"]["model"] = fragment["model"]["model"]
+    return merged
+
+
+def _known_models(name: str, fragments: Mapping[str, Path]) -> str:
+    known = sorted({*fragments, *EMBEDDED_MODELS})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"{hint}Known names: {', '.join(sorted(EMBEDDED_MODELS))} (embedded)"
+        + "".join(f", {other}" for other in sorted(fragments.keys() - EMBEDDED_MODELS.keys()))
+        + "; or give a hub id (owner/name), ms://owner/name or a directory"
+    )
 
 
 def parse_spec(document: Mapping[str, Any]) -> JobSpec:
@@ -335,11 +410,18 @@ def parse_spec(document: Mapping[str, Any]) -> JobSpec:
         raise SpecError("\n".join(_explain(fault) for fault in error.errors())) from None
 
 
-def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> JobSpec:
-    """Read, override and validate a job file."""
-    document = apply_overrides(read_yaml(Path(path)), overrides)
+def load_spec(
+    path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> JobSpec:
+    """Read a job file, override keys, resolve the model's name and validate.
+
+    Args:
+        overrides: ``a.b=value``, the value in YAML.
+        values: dotted key → value as it is; these win.
+    """
+    document = set_values(apply_overrides(read_yaml(Path(path)), overrides), values or {})
     try:
-        return parse_spec(document)
+        return parse_spec(apply_fragment(document, [Path(path).parent, Path.cwd()]))
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
 
