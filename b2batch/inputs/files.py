@@ -113,9 +113,15 @@ def named_faults(file: FoundFile) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file.uri}: cannot be read: {_first_line(error)}") from error
     except OSError as error:
-        if error.errno not in (None, *_CALLER_ERRNO) or _REMOTE_FAULT.search(str(error)):
+        if _may_pass(error):
             raise
         raise InputError(f"{file.uri}: cannot be read: {_first_line(error)}") from error
+
+
+def _may_pass(error: OSError) -> bool:
+    if error.errno is not None:
+        return error.errno not in _CALLER_ERRNO
+    return _REMOTE_FAULT.search(str(error)) is not None
 
 
 def _first_line(error: Exception) -> str:

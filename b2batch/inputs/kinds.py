@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from b2batch.inputs.strict_json import json_type, shown, to_json
 
+MAX_TYPE_DEPTH = 16
 _JSON_MARK = {b"b2batch": b"json"}
-_MAX_EXACT_INT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,25 @@ _JOINS = {
 }
 
 
-def kind_of(value: Any) -> Kind:
-    """The kind of one JSON value. An object without keys is ``JSON``: Parquet has no empty struct."""
+def kind_of(value: Any, depth: int = 0) -> Kind:
+    """The kind of one JSON value that stands ``depth`` containers deep in its column.
+
+    ``JSON`` is also the kind of an object without keys, as Parquet has no empty struct, and of what
+    is nested deeper than ``MAX_TYPE_DEPTH``, as readers of Parquet refuse very deep types.
+    """
     scalar = _SCALARS.get(type(value))
     if scalar is not None:
         return scalar
     if isinstance(value, int):
         return SIGNED if value < 0 else NATURAL if value < 1 << 63 else UNSIGNED
+    if (not isinstance(value, list) and not value) or depth == MAX_TYPE_DEPTH:
+        return JSON
     if isinstance(value, list):
         element = NULL
         for item in value:
-            element = unify(element, kind_of(item))
+            element = unify(element, kind_of(item, depth + 1))
         return Kind("list", element=element)
-    return (
-        Kind("struct", fields=tuple((key, kind_of(item)) for key, item in value.items())) if value else JSON
-    )
+    return Kind("struct", fields=tuple((key, kind_of(item, depth + 1)) for key, item in value.items()))
 
 
 def unify(a: Kind, b: Kind) -> Kind:
@@ -155,7 +159,7 @@ def fit(value: Any, kind: Kind, where: str) -> Any:
         return _fit_struct(value, dict(kind.fields), where)
     if not _fits_scalar(value, kind):
         raise Misfit(f"{where}: expected {_expected(kind)}, found {_found(value)}")
-    return value
+    return float(value) if kind == FLOAT else value
 
 
 def _fit_struct(value: dict[str, Any], kinds: Mapping[str, Kind], where: str) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def _fits_scalar(value: Any, kind: Kind) -> bool:
     if type(value) is not int:
         return _SCALARS.get(type(value)) == kind
     if kind == FLOAT:
-        return abs(value) <= _MAX_EXACT_INT or bool(int(float(value)) == value)
+        return bool(int(float(value)) == value)
     return (kind == SIGNED and value < 1 << 63) or (kind == UNSIGNED and value >= 0)
 
 

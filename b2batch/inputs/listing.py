@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from b2batch.errors import InputError
@@ -64,7 +65,7 @@ def _matches(text: str) -> list[_Match]:
     pattern = place.parts[len(base.parts) :]
     try:
         found = list(_look_up(base, pattern))
-    except OSError as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(mask_credentials(f"input.path: {text}: cannot be listed: {error}")) from error
     if not found:
         raise InputError(mask_credentials(f"input.path: {text}: {_nothing_found(base, pattern)}"))

@@ -56,9 +56,9 @@ class Units(Sequence[WorkUnit]):
         return int(self.fields[:, _UNIT_FIELDS.index("num_rows")].sum())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What is to be done, computed before anything runs.
+    """What is to be done, computed before anything runs. Two plans are the same when their digests are.
 
     ``digest`` identifies the content (fingerprints, units, columns), not where it stands or when it
     was written: it is the input's half of a run's identity.

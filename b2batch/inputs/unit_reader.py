@@ -39,7 +39,11 @@ class UnitReader:
         """
         file = self._files[unit.file_index]
         check_unchanged(file)
-        return self._rows_of(file).read(unit)
+        try:
+            return self._rows_of(file).read(unit)
+        except Exception:
+            self.close()  # the stream stands nobody knows where: the next attempt begins anew
+            raise
 
     def _rows_of(self, file: InputFile) -> OpenRows:
         if self._open is not None and self._open[0] == file.index:

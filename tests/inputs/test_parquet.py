@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from b2batch.errors import InputError, RowFault, Stage
-from b2batch.inputs.parquet import canonical_hash
+from b2batch.inputs.arrow_rows import canonical_hash
 from b2batch.inputs.plan import make_plan
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.spec import InputSpec

@@ -26,6 +26,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
     ("values", "type_", "stored"),
     [
         ([1, 2.5], "double", [1.0, 2.5]),
+        ([0.5, 1 << 60], "double", [0.5, 2.0**60]),
         ([1, None, 3], "int64", [1, None, 3]),
         ([1, (1 << 64) - 1], "uint64", [1, (1 << 64) - 1]),
         ([-1, (1 << 64) - 1], "string", ["-1", "18446744073709551615"]),
@@ -53,6 +54,19 @@ def test_the_type_of_a_column(tmp_path: Path, values: list[Any], type_: str, sto
     assert [row.columns["v"] for row in found.rows] == values
     pq.write_table(found.table, tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet")["v"].to_pylist() == stored
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"k":', "}")])
+def test_deep_nesting_is_carried_in_a_type_that_parquet_can_read(
+    tmp_path: Path, opening: str, closing: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"v":' + opening * 99 + "1" + closing * 99 + "}")
+    found = read_all(tmp_path)
+    pq.write_table(found.table, tmp_path / "out.parquet")
+    stored = pq.read_table(tmp_path / "out.parquet")["v"].to_pylist()[0]
+    while not isinstance(stored, str):
+        stored = stored[0] if isinstance(stored, list) else stored["k"]
+    assert stored.count(opening) > 80
 
 
 def test_a_missing_key_is_null(tmp_path: Path) -> None:
