@@ -61,6 +61,8 @@ class BaichuanFamily:
                 f"{checkpoint.directory}: no tokenizer.model, which every Baichuan checkpoint has"
             )
         tokenizer = BaichuanTokenizer(model_file, add_bos=bool(settings.get("add_bos_token", False)))
+        if "vocab_size" not in checkpoint.config:
+            raise ModelError(f"{checkpoint.source}: config.json has no vocab_size")
         if tokenizer.vocab_size > int(checkpoint.config["vocab_size"]):
             raise ModelError(
                 f"{model_file}: has {tokenizer.vocab_size} pieces, but the model only "

@@ -79,8 +79,8 @@ class BaichuanTokenizer:
         return bos + self.encode(text, allow_special=allow_special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See ``Tokenizer``."""
-        return cast(str, self._pieces.decode([int(i) for i in ids if i > 2]))
+        """See ``Tokenizer``; ids that a padded vocabulary has beyond the pieces are left out too."""
+        return cast(str, self._pieces.decode([int(i) for i in ids if 2 < i < self.vocab_size]))
 
 
 class TransformersTokenizer:
