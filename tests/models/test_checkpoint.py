@@ -1,0 +1,104 @@
+"""Naming a checkpoint: what is found, what is refused, and what identifies it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from b2batch.errors import ModelError, SpecError
+from b2batch.models.checkpoint import open_checkpoint
+from b2batch.models.families import has_norm_head
+from b2batch.spec import ModelSpec
+
+
+@pytest.fixture
+def directory(shared_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint, to be spoilt."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(shared_dir / "golden" / "ckpt" / "b2_7b-tiny", copy, copy_function=shutil.copyfile)
+    copy.chmod(0o755)
+    return copy
+
+
+def digest(directory: Path) -> str:
+    return open_checkpoint(ModelSpec(model=str(directory)), weights=True).digest()
+
+
+def test_a_checkpoint_is_its_directory_and_configs(directory: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+    assert checkpoint.directory == directory
+    assert checkpoint.source == str(directory)
+    assert checkpoint.model_type == "baichuan"
+    assert checkpoint.config["vocab_size"] == 768
+    assert checkpoint.generation_config["user_token_id"] == 195
+
+
+@pytest.mark.parametrize("name", ["./not/here", "/not/here", "~/not-here", "not-here", "three/part/name"])
+def test_a_wrong_path_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=r"model\.model") as caught:
+        open_checkpoint(ModelSpec(model=name), weights=True)
+    assert name in str(caught.value)
+
+
+def test_an_environment_variable_can_name_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("B2BATCH_TEST_CHECKPOINT", str(directory))
+    spec = ModelSpec(model="${env:B2BATCH_TEST_CHECKPOINT}")
+    assert open_checkpoint(spec, weights=True).directory == directory
+    monkeypatch.delenv("B2BATCH_TEST_CHECKPOINT")
+    with pytest.raises(SpecError, match="B2BATCH_TEST_CHECKPOINT"):
+        open_checkpoint(spec, weights=True)
+
+
+def test_a_directory_without_config_says_what_it_holds(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json.*tokenizer\.model"):
+        open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"a": \xff}'])
+def test_a_config_that_is_no_object_is_named(directory: Path, content: str) -> None:
+    (directory / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+
+
+def test_a_directory_without_weights_is_refused(directory: Path) -> None:
+    (directory / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+
+
+def test_the_digest_is_of_contents(directory: Path, tmp_path: Path) -> None:
+    before = digest(directory)
+    (directory / "README.md").write_text("not part of the model")
+    moved = tmp_path / "moved"
+    directory.rename(moved)
+    assert digest(moved) == before
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.model", "config.json"])
+def test_one_changed_byte_is_another_digest(directory: Path, name: str) -> None:
+    before = digest(directory)
+    content = (directory / name).read_bytes()
+    if name == "config.json":
+        content = content.replace(b"768", b"769")
+    else:
+        middle = len(content) // 2
+        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    (directory / name).write_bytes(content)
+    assert digest(directory) != before
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "architecture", "expected"),
+    [
+        (125_696, "BaichuanForCausalLM", True),
+        (64_000, "BaichuanForCausalLM", False),  # Baichuan 1 13B
+        (64_000, "BaiChuanForCausalLM", False),  # Baichuan 1 7B
+        (130_000, "BaichuanForCausalLM", True),  # a Baichuan 2 with an extended vocabulary
+    ],
+)
+def test_the_head_of_released_models_is_told(vocab_size: int, architecture: str, expected: bool) -> None:
+    assert has_norm_head(vocab_size, [architecture]) is expected
