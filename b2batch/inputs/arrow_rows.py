@@ -51,7 +51,7 @@ class RowConverter:
         return PromptRow(self._row_id(ordinal), row_hash, {}, failure)
 
     def _convert_all(self, table: pa.Table, first_row: int) -> UnitRows:
-        table.validate(full=True)
+        table.validate(full=True)  # offsets and dictionary indexes of a corrupt file may point anywhere
         columns = self._fit(table)
         values = _retype(table, _python_type).to_pylist()
         exact = _retype(table, _exact_type)

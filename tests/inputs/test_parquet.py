@@ -142,6 +142,16 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_all(tmp_path / "a.parquet")
 
 
+def test_a_flipped_bit_is_noticed_where_the_writer_left_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"t": [f"text {i}" for i in range(500)]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"text 250", b"text 25p"))
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be read: .*checksum"):
+        read_all(path)
+
+
 def test_a_slice_of_a_huge_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     text = pa.array([f"{i:08d}" * 64 for i in range(2_000)])
