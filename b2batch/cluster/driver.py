@@ -14,6 +14,7 @@ from b2batch.cluster.dispatch import (
     CheckCommitted,
     Dispatcher,
     DispatchPolicy,
+    ErrorText,
     Fail,
     Finish,
     KillReplica,
@@ -21,7 +22,7 @@ from b2batch.cluster.dispatch import (
     Loss,
     StartReplica,
 )
-from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, Lost
+from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, Lost, NotStarted
 from b2batch.cluster.replica import ReplicaState, ReplicaUpdate, UnitLease
 from b2batch.errors import Drained
 from b2batch.rows import UnitCounts, WorkUnit
@@ -159,6 +160,8 @@ class _Driver:
                 self._handle_answer(replica_id, update)
             case Lost(replica_id, loss, detail):
                 self._lose(replica_id, loss, detail)
+            case NotStarted(replica_id, error):
+                self._give_up_start(replica_id, error)
 
     def _handle_answer(self, replica_id: int, update: ReplicaUpdate) -> None:
         now_s = self._clock()
@@ -170,7 +173,7 @@ class _Driver:
         for report in update.reports:
             self._apply(self._dispatcher.on_report(replica_id, report))
         if update.state is ReplicaState.FAILED:
-            self._handle_failed(replica_id, update, now_s)
+            self._handle_failed(replica_id, update)
 
     def _handle_ready(self, replica_id: int, now_s: float) -> None:
         num_ready = self._dispatcher.num_ready
@@ -178,15 +181,18 @@ class _Driver:
         if self._dispatcher.num_ready > num_ready:
             logger.info("replica=%d ready; %d ready", replica_id, num_ready + 1)
 
-    def _handle_failed(self, replica_id: int, update: ReplicaUpdate, now_s: float) -> None:
+    def _handle_failed(self, replica_id: int, update: ReplicaUpdate) -> None:
         """Its process lives, but its worker is gone."""
         code, message, trace = error = update.error or ("unknown", "", "")
         if not update.was_ready:
-            self._apply(self._dispatcher.on_replica_failed_to_start(replica_id, error, now_s))
-            logger.warning("replica=%d could not start: %s: %s", replica_id, code, message)
+            self._give_up_start(replica_id, error)
             return
         self._fleet.kill(replica_id)
         self._lose(replica_id, Loss.CRASH, f"{code}: {message}\n{trace}")
+
+    def _give_up_start(self, replica_id: int, error: ErrorText) -> None:
+        self._apply(self._dispatcher.on_replica_failed_to_start(replica_id, error, self._clock()))
+        logger.warning("replica=%d could not start: %s: %s", replica_id, error[0], error[1])
 
     def _lose(self, replica_id: int, loss: Loss, detail: str) -> None:
         logger.warning("replica=%d lost, %s: %s", replica_id, loss.value, detail)
@@ -241,7 +247,7 @@ class _Driver:
                     self._progress[replica_id] = Progress()
                     self._fleet.start(replica_id)
                 case KillReplica(replica_id, reason):
-                    logger.warning("replica=%d killed: %s", replica_id, reason)
+                    logger.info("replica=%d ended: %s", replica_id, reason)
                     self._retire(replica_id)
                     self._fleet.kill(replica_id)
                 case CheckCommitted(unit_index):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
-from b2batch.cluster.dispatch import Loss
+from b2batch.cluster.dispatch import ErrorText, Loss
 from b2batch.cluster.placement import Placement
 from b2batch.cluster.replica import MakeWorker, Replica, ReplicaUpdate, UnitLease
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _GET_TIMEOUT_S = 30.0  # of a reply that Ray says is there
 _NODE_DIED = "node has died"  # stands in Ray's message; the error's type does not tell
+_ANSI_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,15 @@ class Lost:
     detail: str
 
 
-FleetEvent = Answer | Lost
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The actor could not be created: its node lacks b2batch, or what ``make_worker`` is made of."""
+
+    replica_id: int
+    error: ErrorText
+
+
+FleetEvent = Answer | Lost | NotStarted
 
 
 class Fleet(Protocol):
@@ -149,6 +159,8 @@ class RayFleet:
             return None  # polled again; one that never comes back is found by its silence
         except RayError as error:
             self._members.pop(replica_id)
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                return NotStarted(replica_id, _start_error_text(error))
             return Lost(replica_id, _loss_of(error), _describe(error))
         return self._note_answer(replica_id, member, update)
 
@@ -164,10 +176,17 @@ def _loss_of(error: RayError) -> Loss:
     return Loss.CRASH
 
 
+def _start_error_text(error: RayError) -> ErrorText:
+    """Ray quotes the traceback of the creation; its last line is the error."""
+    text = _ANSI_COLOUR.sub("", str(error)).strip()
+    code, _, message = text.splitlines()[-1].partition(": ")
+    return code, message, text[-8000:]
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
 def _describe(error: RayError) -> str:
     """Ray's own account in one line, bounded: it may quote a log."""
-    return " ".join(str(error).split())[:1000]
+    return " ".join(_ANSI_COLOUR.sub("", str(error)).split())[:1000]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ def test_a_replica_reads_forward_and_shares_are_even():
             if unit is not None:
                 units.append(unit)
     assert [len(units) for units in taken.values()] == [250] * 4
-    jumps = sum(b != a + 1 for units in taken.values() for a, b in zip(units, units[1:], strict=False))
+    jumps = sum(b != a + 1 for units in taken.values() for a, b in pairwise(units))
     assert jumps < 40
 
 

@@ -1,0 +1,238 @@
+"""The dispatcher in a simulated world: a store that creates exclusively, replicas that crash, hang,
+wake as zombies, fail, answer twice or not at all."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from b2batch.cluster.dispatch import (
+    CheckCommitted,
+    Dispatcher,
+    DispatchPolicy,
+    Fail,
+    Finish,
+    KillReplica,
+    Lease,
+    Loss,
+    StartReplica,
+)
+from b2batch.errors import ClusterError, UnitFailed
+from b2batch.rows import UnitCounts, UnitReport
+
+MAX_LEASES = 3
+HANG_S = 30.0
+
+
+@dataclass
+class SimReplica:
+    is_ready: bool = False
+    is_frozen: bool = False
+    num_steps: int = 0
+    leases: list[Lease] = field(default_factory=list)
+    outbox: list[UnitReport] = field(default_factory=list)
+
+
+class DispatchWorld(RuleBasedStateMachine):
+    @initialize(num_units=st.integers(1, 25), num_replicas=st.integers(1, 4))
+    def begin(self, num_units, num_replicas):
+        self.num_units = num_units
+        self.now_s = 0.0
+        self.store: dict[int, int] = {}  # unit -> how often its part was created
+        self.replicas: dict[int, SimReplica] = {}
+        self.zombies: list[Lease] = []  # leases of written-off replicas that may still commit
+        self.old_reports: list[tuple[int, UnitReport]] = []
+        self.checks: list[int] = []
+        self.ended: Finish | Fail | None = None
+        policy = DispatchPolicy(
+            num_replicas=num_replicas,
+            start_timeout_s=1e9,
+            max_leases=MAX_LEASES,
+            hang_timeout_s=HANG_S,
+            stall_timeout_s=2 * HANG_S,
+        )
+        self.dispatcher = Dispatcher(range(num_units), policy)
+        self.apply(self.dispatcher.start(0.0))
+
+    # --- the world -------------------------------------------------------------------------------
+
+    def apply(self, actions):
+        for action in actions:
+            assert self.ended is None, "no action after the end"
+            match action:
+                case StartReplica(replica_id):
+                    assert replica_id not in self.replicas
+                    self.replicas[replica_id] = SimReplica()
+                case KillReplica(replica_id):
+                    self.bury(replica_id)
+                case CheckCommitted(unit):
+                    self.checks.append(unit)
+                case Lease():
+                    self.accept(action)
+                case Finish() | Fail():
+                    self.ended = action
+
+    def accept(self, lease):
+        replica = self.replicas[lease.replica_id]
+        assert replica.is_ready
+        assert lease.unit_index not in {other.unit_index for other in replica.leases}
+        replica.leases.append(lease)
+
+    def bury(self, replica_id):
+        replica = self.replicas.pop(replica_id)
+        self.zombies += replica.leases
+        self.old_reports += [(replica_id, report) for report in replica.outbox]
+
+    def commit(self, lease):
+        """Exclusive creation: the second writer finds the part there."""
+        is_new = lease.unit_index not in self.store
+        self.store.setdefault(lease.unit_index, 1)
+        return UnitReport(lease.unit_index, lease.attempt, UnitCounts(num_ok=1), is_new)
+
+    def pick(self, data, wanted):
+        ids = sorted(key for key, replica in self.replicas.items() if wanted(replica))
+        return data.draw(st.sampled_from(ids)) if ids and self.ended is None else None
+
+    def deliver(self, replica_id):
+        replica = self.replicas[replica_id]
+        reports, replica.outbox = replica.outbox, []
+        self.apply(self.dispatcher.on_heartbeat(replica_id, replica.num_steps, self.now_s))
+        for report in reports:
+            self.old_reports.append((replica_id, report))
+            if self.ended is None:
+                self.apply(self.dispatcher.on_report(replica_id, report))
+
+    # --- what may happen -------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def becomes_ready(self, data):
+        replica_id = self.pick(data, lambda replica: not replica.is_ready)
+        if replica_id is not None:
+            self.replicas[replica_id].is_ready = True
+            self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
+
+    @rule(data=st.data())
+    def commits_a_unit(self, data):
+        replica_id = self.pick(data, lambda replica: replica.leases and not replica.is_frozen)
+        if replica_id is not None:
+            replica = self.replicas[replica_id]
+            replica.num_steps += 1
+            lease = replica.leases.pop(data.draw(st.integers(0, len(replica.leases) - 1)))
+            replica.outbox.append(self.commit(lease))
+
+    @rule(data=st.data())
+    def fails_a_unit(self, data):
+        replica_id = self.pick(data, lambda replica: replica.leases and not replica.is_frozen)
+        if replica_id is not None:
+            replica = self.replicas[replica_id]
+            lease = replica.leases.pop(0)
+            error = ("OSError", "the store said 503", "")
+            replica.outbox.append(UnitReport(lease.unit_index, lease.attempt, error=error))
+
+    @rule(data=st.data())
+    def answers(self, data):
+        replica_id = self.pick(data, lambda replica: not replica.is_frozen)
+        if replica_id is not None:
+            self.deliver(replica_id)
+
+    @rule(data=st.data(), loss=st.sampled_from(Loss))
+    def is_lost_with_its_reports(self, data, loss):
+        replica_id = self.pick(data, lambda replica: True)
+        if replica_id is not None:
+            self.bury(replica_id)
+            self.apply(self.dispatcher.on_replica_lost(replica_id, loss, "gone", self.now_s))
+
+    @rule(data=st.data())
+    def freezes(self, data):
+        replica_id = self.pick(data, lambda replica: replica.leases)
+        if replica_id is not None:
+            self.replicas[replica_id].is_frozen = True
+
+    @rule(data=st.data())
+    def fails_to_start(self, data):
+        replica_id = self.pick(data, lambda replica: not replica.is_ready)
+        if replica_id is not None:
+            error = ("RuntimeError", "bad device", "")
+            self.apply(self.dispatcher.on_replica_failed_to_start(replica_id, error, self.now_s))
+
+    @precondition(lambda self: self.zombies)
+    @rule(data=st.data())
+    def a_zombie_commits_and_its_report_arrives(self, data):
+        lease = self.zombies.pop(data.draw(st.integers(0, len(self.zombies) - 1)))
+        report = self.commit(lease)
+        if data.draw(st.booleans()):
+            self.apply(self.dispatcher.on_report(lease.replica_id, report))
+
+    @precondition(lambda self: self.old_reports)
+    @rule(data=st.data())
+    def a_report_arrives_twice(self, data):
+        replica_id, report = data.draw(st.sampled_from(self.old_reports))
+        self.apply(self.dispatcher.on_report(replica_id, report))
+
+    @precondition(lambda self: self.checks)
+    @rule(data=st.data())
+    def the_store_answers(self, data):
+        unit = self.checks.pop(data.draw(st.integers(0, len(self.checks) - 1)))
+        counts = UnitCounts(num_ok=1) if unit in self.store else None
+        self.apply(self.dispatcher.on_unit_checked(unit, counts))
+
+    @rule(seconds=st.sampled_from([0.5, 2.0, 8.0]))
+    def time_passes(self, seconds):
+        self.now_s += seconds
+        self.apply(self.dispatcher.on_tick(self.now_s))
+
+    # --- what must hold --------------------------------------------------------------------------
+
+    @invariant()
+    def a_replica_holds_at_most_max_leases(self):
+        assert all(len(replica.leases) <= MAX_LEASES for replica in self.replicas.values())
+
+    @invariant()
+    def nothing_counts_twice_or_uncommitted(self):
+        assert self.dispatcher.counts.num_ok == self.dispatcher.num_committed <= len(self.store)
+
+    @invariant()
+    def finished_means_all_committed(self):
+        if isinstance(self.ended, Finish):
+            assert self.store.keys() == set(range(self.num_units))
+
+    def teardown(self):
+        """From any state, a calm world finishes in a bounded number of rounds, or a budget was spent."""
+        if not hasattr(self, "dispatcher"):
+            return
+        for replica in self.replicas.values():
+            replica.outbox.clear()  # replies lost while the replica lives on
+        for _ in range(self.num_units + 200):
+            if self.ended is None:
+                self.calm_round()
+        assert self.ended is not None, "no progress in a calm world"
+        if isinstance(self.ended, Finish):
+            assert self.dispatcher.num_committed == self.num_units == len(self.store)
+        else:
+            assert isinstance(self.ended.error, ClusterError | UnitFailed)
+
+    def calm_round(self):
+        while self.checks and self.ended is None:
+            unit = self.checks.pop()
+            counts = UnitCounts(num_ok=1) if unit in self.store else None
+            self.apply(self.dispatcher.on_unit_checked(unit, counts))
+        for replica_id, replica in list(self.replicas.items()):
+            if self.ended is None and not replica.is_frozen:
+                self.calm_turn(replica_id, replica)
+        if self.ended is None:
+            self.now_s += 5.0
+            self.apply(self.dispatcher.on_tick(self.now_s))
+
+    def calm_turn(self, replica_id, replica):
+        if not replica.is_ready:
+            replica.is_ready = True
+            self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
+        replica.num_steps += bool(replica.leases)
+        replica.outbox += [self.commit(lease) for lease in replica.leases]
+        replica.leases = []
+        self.deliver(replica_id)
+
+
+DispatchWorld.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestDispatchWorld = DispatchWorld.TestCase

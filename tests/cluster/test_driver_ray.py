@@ -1,0 +1,107 @@
+"""Real replicas on Ray: what a user sees when processes die, hang or cannot start."""
+
+import os
+import signal
+import time
+
+import pytest
+from fake_worker import FakeWorker, find_committed, make_units
+
+from b2batch.cluster.dispatch import DispatchPolicy
+from b2batch.cluster.driver import RunHooks, run_units
+from b2batch.cluster.fleet import RayFleet
+from b2batch.cluster.placement import Placement
+from b2batch.errors import ClusterError, Drained
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def run(worker, num_units, num_replicas=1, should_stop=lambda: False, on_progress=lambda _: None, **policy):
+    placement = Placement(num_replicas, num_cpus=1.0, num_gpus=0.0)
+    policy = {"start_timeout_s": 60.0, **policy}
+    hooks = RunHooks(
+        find_committed=lambda unit: find_committed(worker.store, unit),
+        on_progress=on_progress,
+        on_beat=lambda: None,
+        should_stop=should_stop,
+    )
+    return run_units(
+        make_units(num_units),
+        RayFleet(placement, worker),
+        DispatchPolicy(num_replicas=num_replicas, **policy),
+        hooks,
+        drain_grace_s=10.0,
+    )
+
+
+def committed(store):
+    return len(list(store.glob("part-*")))
+
+
+def replica_pids(store):
+    return [int(path.name.removeprefix("pid-")) for path in store.glob("pid-*")]
+
+
+def assert_gone(pids):
+    deadline_s = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline_s, "a replica outlived its run"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_every_unit_is_committed_and_no_replica_is_left(tmp_path, num_replicas):
+    totals = run(FakeWorker(tmp_path, step_s=0.02), num_units=40, num_replicas=num_replicas)
+    assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (40, 160, 0)
+    assert len(replica_pids(tmp_path)) == num_replicas
+    assert_gone(replica_pids(tmp_path))
+
+
+@pytest.mark.parametrize("harm", ["killed", "step raises"])
+def test_a_replica_that_dies_in_the_middle_is_replaced(tmp_path, harm):
+    worker = FakeWorker(tmp_path, harm=harm, hurt_by=7, step_s=0.01)
+    totals = run(worker, num_units=30, num_replicas=2)
+    assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (30, 120, 1)
+
+
+def test_a_replica_that_hangs_is_replaced(tmp_path):
+    worker = FakeWorker(tmp_path, harm="stopped", hurt_by=3)
+    totals = run(worker, num_units=8, hang_timeout_s=3.0)
+    assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (8, 32, 1)
+
+
+def test_a_unit_that_kills_every_replica_is_named(tmp_path):
+    worker = FakeWorker(tmp_path, harm="killed", hurt_by=1, max_harms=100)
+    with pytest.raises(ClusterError, match=r"unit 1 \(rows 4 to 7 of file 0\): 3 replicas died"):
+        run(worker, num_units=3)
+
+
+def test_a_worker_that_cannot_be_built_ends_the_run_with_its_message_once(tmp_path):
+    with pytest.raises(ClusterError) as raised:
+        run(FakeWorker(tmp_path, harm="no start"), num_units=4, num_replicas=2)
+    assert str(raised.value).partition("\n")[0].count("the checkpoint has no weights") == 1
+
+
+def test_asked_to_stop_it_commits_what_is_leased_and_no_more(tmp_path):
+    seen = []
+    worker = FakeWorker(tmp_path, step_s=0.2)
+    with pytest.raises(Drained):
+        run(worker, num_units=500, on_progress=seen.append, should_stop=lambda: committed(tmp_path) >= 3)
+    assert 3 <= committed(tmp_path) <= 10
+    assert_gone(replica_pids(tmp_path))
+    run(worker, num_units=5)  # the cluster is as good as new
+
+
+def test_a_replica_killed_from_outside_costs_seconds(tmp_path):
+    killed_s, recovered_s = [], []
+
+    def kill_once(progress):
+        if not killed_s and progress.num_committed >= 3:
+            os.kill(replica_pids(tmp_path)[0], signal.SIGKILL)
+            killed_s.append(time.monotonic())
+        elif killed_s and not recovered_s and progress.num_lost and progress.num_ready:
+            recovered_s.append(time.monotonic())
+
+    totals = run(FakeWorker(tmp_path, step_s=0.2), num_units=20, on_progress=kill_once)
+    assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (20, 80, 1)
+    assert recovered_s[0] - killed_s[0] < 20
