@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
 import ray
 
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Units and receipts are small and stay out of the object store; it holds the worker's arguments.
 _OBJECT_STORE_BYTES = 100 << 20
+_PROBE_TIMEOUT_S = 5.0
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -75,9 +79,7 @@ class Cluster:
             ClusterError: no node is large enough for one replica.
         """
         timeout_s = 0.0 if self.is_own else spec.start_timeout_s  # nobody adds nodes to our own
-        return wait_for_placement(
-            lambda: self.nodes(), spec, device, num_units, timeout_s, time.monotonic, time.sleep
-        )
+        return wait_for_placement(self.nodes, spec, device, num_units, timeout_s, time.monotonic, time.sleep)
 
 
 @contextmanager
@@ -172,43 +174,49 @@ def _amount(num_cpus: float, num_gpus: float) -> str:
 
 
 def _connect(address: str) -> Cluster:
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _address_of_ray_start() or "local"
     try:
         if address == "local":
-            return _start_own("local")
-        if address != "auto" or os.environ.get("RAY_ADDRESS"):
-            return _join(None if address == "auto" else address)
-        return _join_or_start()
+            return _start_own()
+        _probe(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return Cluster(is_own=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"cluster.address {address}: Ray cannot be reached or started: {error}") from error
 
 
-def _join_or_start() -> Cluster:
+def _address_of_ray_start() -> str | None:
+    """Where `ray start` says that its cluster is, if it still answers.
+
+    Not ``ray.init(address="auto")``: that also joins the private cluster of any process on this
+    machine, which ends when that process does.
+    """
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
-        # Joins what `ray start` left here, but never another process's private cluster.
-        return _start_own(None)
-    except ValueError:  # Ray's refusal of start-up settings: there is a cluster
-        pass
-    try:
-        return _join(None)
-    except ConnectionError:  # the address of one that is gone
-        logger.info("the cluster that ran here is gone; starting one for this run")
-        return _start_own("local")
+        address = note.read_text().strip()
+        _probe(address)
+    except (OSError, ValueError):
+        return None
+    return address or None
 
 
-def _start_own(address: str | None) -> Cluster:
+def _probe(address: str) -> None:
+    """OSError when nobody listens at ``address``: Ray itself needs minutes to say so."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), timeout=_PROBE_TIMEOUT_S).close()
+
+
+def _start_own() -> Cluster:
     ray.init(
-        address=address,
+        address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=_OBJECT_STORE_BYTES,
     )
     return Cluster(is_own=True)
-
-
-def _join(address: str | None) -> Cluster:
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    return Cluster(is_own=False)
 
 
 @contextmanager

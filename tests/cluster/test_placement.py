@@ -1,0 +1,76 @@
+import pytest
+
+from b2batch.cluster.placement import Node, Placement, connect, plan_replicas, wait_for_placement
+from b2batch.errors import ClusterError
+from b2batch.spec import ClusterSpec
+
+CPU_NODE, GPU_NODE = Node(num_cpus=8, num_gpus=0), Node(num_cpus=64, num_gpus=8)
+MANY = 10**6
+
+
+@pytest.mark.parametrize(
+    ("nodes", "spec", "device", "expected"),
+    [
+        ([CPU_NODE], {}, "auto", (8, 1.0, 0.0)),
+        ([CPU_NODE], {"cpus_per_replica": 3}, "auto", (2, 3.0, 0.0)),
+        ([CPU_NODE, GPU_NODE], {}, "auto", (8, 1.0, 1.0)),
+        ([CPU_NODE, GPU_NODE], {}, "cpu", (72, 1.0, 0.0)),
+        ([GPU_NODE] * 2, {"gpus_per_replica": 0.25}, "auto", (64, 1.0, 0.25)),
+        ([GPU_NODE], {"gpus_per_replica": 0.4}, "auto", (16, 1.0, 0.4)),
+        ([GPU_NODE], {"gpus_per_replica": 2, "cpus_per_replica": 32}, "auto", (2, 32.0, 2.0)),
+        ([CPU_NODE], {"replicas": 20}, "auto", (20, 1.0, 0.0)),
+        ([CPU_NODE], {"gpus_per_replica": 0}, "cuda", (8, 1.0, 0.0)),
+        ([CPU_NODE], {}, "cuda", (0, 1.0, 1.0)),
+        ([GPU_NODE] * 9, {"gpus_per_replica": 9}, "auto", (0, 1.0, 9.0)),
+        ([], {}, "auto", (0, 1.0, 0.0)),
+    ],
+)
+def test_how_many_replicas_of_which_size(nodes, spec, device, expected):
+    placement = plan_replicas(nodes, ClusterSpec(**spec), device, MANY)
+    assert (placement.num_replicas, placement.num_cpus, placement.num_gpus) == expected
+
+
+@pytest.mark.parametrize("replicas", ["auto", 20])
+def test_never_more_replicas_than_units(replicas):
+    assert plan_replicas([CPU_NODE], ClusterSpec(replicas=replicas), "auto", 3).num_replicas == 3
+
+
+@pytest.mark.parametrize(("num_cpus", "threads"), [(0.5, "1"), (1.0, "1"), (4.0, "4")])
+def test_a_replica_computes_on_as_many_threads_as_it_has_cpus(num_cpus, threads):
+    assert Placement(1, num_cpus, 0.0).env_vars["OMP_NUM_THREADS"] == threads
+
+
+class Waiting:
+    """A clock that only sleeping moves, and a cluster that grows at a given time."""
+
+    def __init__(self, joins_at_s, node):
+        self.now_s, self.joins_at_s, self.node = 0.0, joins_at_s, node
+
+    def nodes(self):
+        return [CPU_NODE] + ([self.node] if self.now_s >= self.joins_at_s else [])
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+    def place(self, timeout_s):
+        spec = ClusterSpec(gpus_per_replica=4)
+        return wait_for_placement(self.nodes, spec, "auto", MANY, timeout_s, lambda: self.now_s, self.sleep)
+
+
+def test_a_node_that_joins_in_time_is_waited_for():
+    assert Waiting(joins_at_s=5.0, node=GPU_NODE).place(timeout_s=10.0).num_replicas == 2
+
+
+def test_a_request_that_never_fits_says_what_is_missing():
+    waiting = Waiting(joins_at_s=0.0, node=Node(num_cpus=8, num_gpus=2))
+    with pytest.raises(ClusterError, match="needs 4 GPUs and 1 CPUs, and the largest node has 2 GPUs and 8"):
+        waiting.place(timeout_s=10.0)
+    assert waiting.now_s == 10.0
+
+
+def test_an_address_where_nobody_listens_is_told_at_once():
+    with (
+        pytest.raises(ClusterError, match=r"cluster\.address 127\.0\.0\.1:1"),
+        connect(ClusterSpec(address="127.0.0.1:1")),
+    ):
+        pass
