@@ -11,6 +11,7 @@ B2BatchError                 1    failed, resumable: the same command again goes
 │   └── DriftError                input or spec changed under an existing output
 ├── ClusterError             1    replicas could not be had or kept
 ├── UnitFailed               1    a unit of rows failed on every attempt
+├── MeasurementFailed        1    a benchmark's process ended without a result
 ├── Fenced                   1    another driver took over this run
 ├── Drained                 75    stopped cleanly; requeue
 └── RunLocked               99    another live driver holds this output
@@ -74,6 +75,10 @@ class ClusterError(B2BatchError):
 
 class UnitFailed(B2BatchError):
     """A unit failed by an error, not a row's, as often as it may be tried."""
+
+
+class MeasurementFailed(B2BatchError):
+    """One measurement of a benchmark gave no result; the message is the end of what it said."""
 
 
 class Fenced(B2BatchError):

@@ -96,14 +96,13 @@ class RayFleet:
             max_concurrency=4,  # poll, wake and stop do not wait for one another
             runtime_env={"env_vars": dict(placement.env_vars)},
         )
-        # With many replicas each waits longer, so that the driver answers a few hundred polls a second.
-        self._poll_timeout_s = max(1.0, placement.num_replicas / 200)
+        self._poll_timeout_s = poll_timeout_s(placement.num_replicas)
         self._make_worker_ref = ray.put(make_worker)
         self._members: dict[int, _Member] = {}
 
     def start(self, replica_id: int) -> None:
         """Create the actor; Ray places it when there is room."""
-        self._members[replica_id] = _Member(self._actor_class.remote(self._make_worker_ref))
+        self._members[replica_id] = _Member(self.make_actor(replica_id))
 
     def lease(self, replica_id: int, lease: UnitLease) -> None:
         """Queue for the next poll; one that is waiting is cut short. Nothing for a replica just lost."""
@@ -118,7 +117,7 @@ class RayFleet:
         """SIGKILL; a process that is stopped ends about 5 s later."""
         member = self._members.pop(replica_id, None)
         if member is not None:
-            ray.kill(member.actor)
+            self.kill_actor(member.actor)
 
     def wait(self, timeout_s: float) -> list[FleetEvent]:
         """Poll whoever is not being polled, then collect every answer that is there."""
@@ -144,6 +143,14 @@ class RayFleet:
         for replica_id in list(self._members):
             self.kill(replica_id)
 
+    def make_actor(self, replica_id: int) -> Any:
+        """A handle with the methods of ``Replica``."""
+        return self._actor_class.remote(self._make_worker_ref)
+
+    def kill_actor(self, actor: Any) -> None:
+        """End what ``make_actor`` made."""
+        ray.kill(actor)
+
     def _send_poll(self, member: _Member) -> None:
         member.sent = (*member.sent, *member.outbox)  # an unanswered poll's leases go again
         member.outbox.clear()
@@ -168,6 +175,11 @@ class RayFleet:
         member.sent = ()
         member.num_known = update.num_reports
         return Answer(replica_id, update)
+
+
+def poll_timeout_s(num_replicas: int) -> float:
+    """How long a poll waits for news: with many replicas longer, as each answer costs the driver."""
+    return max(1.0, num_replicas / 200)
 
 
 def _loss_of(error: RayError) -> Loss:

@@ -1,0 +1,182 @@
+"""One run of one workload, from its settings to its record."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from b2batch.assets import EMBEDDED_MODELS
+from b2batch.bench.child_process import run_child
+from b2batch.bench.comparison import Setting, Tools, compare
+from b2batch.bench.environment import Environment
+from b2batch.bench.peer_job import PeerJob
+from b2batch.bench.prompts import make_rows, read_rows
+from b2batch.bench.record import Comparison, RunRecord, Spread
+from b2batch.bench.workload import (
+    DriverWorkload,
+    StepsWorkload,
+    Workload,
+)
+from b2batch.errors import SpecError
+
+RANDOM_MODEL_PREFIX = "random-"
+DRIVER_MEASUREMENTS = ("dispatch", "loop", "ray", "resume", "plan-parquet", "plan-jsonl")
+_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Where and on what a workload is run. ``model`` replaces the workload's own."""
+
+    device: str = "cpu"
+    model: str = ""
+    prompts: Path | None = None
+    tools: Tools = field(default_factory=Tools)
+    on_progress: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """A finished run: what is kept of it, and for workloads with peers what their table shows."""
+
+    record: RunRecord
+    comparison: Comparison | None = None
+
+
+def run_bench(name: str, workload: Workload, options: BenchOptions) -> BenchResult:
+    """Run a workload.
+
+    Raises:
+        SpecError: the model is none.
+        InputError: the file of prompts has not what the workload needs.
+        MeasurementFailed: a measurement without peers gave no result.
+    """
+    environment = Environment.here()
+    if isinstance(workload, DriverWorkload):
+        measurements = _measure_driver(workload, options)
+        return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
+    dtype = _DTYPES[options.device] if workload.dtype == "auto" else workload.dtype
+    model = options.model or workload.model
+    with _model_directory(model, options, dtype) as (directory, num_parameters):
+        setting = Setting(directory, options.device, dtype, options.tools)
+        make = _recorder(name, workload, environment, options.device, dtype, model, num_parameters)
+        if isinstance(workload, StepsWorkload):
+            return BenchResult(make(measurements=_measure_steps(workload, setting, options)))
+        rows = read_rows(options.prompts, workload) if options.prompts else make_rows(workload)
+        found = compare(
+            workload,
+            rows,
+            setting,
+            lambda peer, number: options.on_progress(f"{name}: {peer}, round {number} of {workload.repeats}"),
+        )
+    return BenchResult(make(peers=found.to_document()), found)
+
+
+@contextmanager
+def _model_directory(model: str, options: BenchOptions, dtype: str) -> Iterator[tuple[Path, int]]:
+    """The checkpoint, made for the time of the run where it has random weights; and its parameters."""
+    if not model.startswith(RANDOM_MODEL_PREFIX):
+        directory = EMBEDDED_MODELS.get(model, Path(model).expanduser())
+        if not directory.is_dir():
+            raise SpecError(f"model: {model!r} is no directory here, no embedded model and not random-…")
+        yield directory, 0
+        return
+    with tempfile.TemporaryDirectory(prefix="b2batch-bench-") as scratch:
+        options.on_progress(f"making {model}")
+        document = {"name": model, "device": options.device, "dtype": dtype, "directory": scratch}
+        yield Path(scratch), int(run_child("random_model", document)["num_parameters"])
+
+
+def _recorder(*fixed: Any) -> Callable[..., RunRecord]:
+    return lambda **found: _record(*fixed, **found)
+
+
+def _record(
+    name: str,
+    workload: Workload,
+    environment: Environment,
+    device: str,
+    dtype: str,
+    model: str,
+    num_parameters: int,
+    *,
+    peers: Sequence[Mapping[str, Any]] = (),
+    measurements: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    return RunRecord(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=environment,
+        name=name,
+        workload=workload.model_dump(mode="json"),
+        workload_digest=workload.digest,
+        device=device,
+        dtype=dtype,
+        model=model,
+        num_parameters=num_parameters,
+        peers=peers,
+        measurements=measurements or {},
+    )
+
+
+# --- workloads without peers ---------------------------------------------------------------------
+
+
+def _measure_driver(workload: DriverWorkload, options: BenchOptions) -> dict[str, Any]:
+    document = workload.model_dump(mode="json")
+    found = {}
+    for measurement in DRIVER_MEASUREMENTS:
+        if measurement == "ray" and not workload.ray_s:
+            continue
+        options.on_progress(f"driver: {measurement}")
+        found[measurement] = run_child("driver_scale", {"measurement": measurement, "workload": document})
+    return found
+
+
+def _measure_steps(workload: StepsWorkload, setting: Setting, options: BenchOptions) -> dict[str, Any]:
+    """The medians of all rounds at each point."""
+    job = asdict(_steps_job(workload, setting))
+    rounds = []
+    for number in range(1, workload.repeats + 1):
+        options.on_progress(f"steps, round {number} of {workload.repeats}")
+        document = {"workload": workload.model_dump(mode="json"), "job": job}
+        rounds.append(run_child("steps", document, threads=workload.threads))
+    return {
+        "prefill": _medians([found["prefill"] for found in rounds]),
+        "decode": _medians([found["decode"] for found in rounds]),
+        "peak_bytes": max(found["peak_bytes"] for found in rounds),
+    }
+
+
+def _steps_job(workload: StepsWorkload, setting: Setting) -> PeerJob:
+    return PeerJob(
+        kind="engine",
+        size=0,
+        model=str(setting.model.absolute()),
+        device=setting.device,
+        dtype=setting.dtype,
+        threads=workload.threads,
+        max_model_len=workload.max_model_len,
+        rows=(),
+        warmup_rows=(),
+    )
+
+
+def _medians(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Point by point the median of each rate, with the lowest and highest tokens a second."""
+    points = []
+    for same in zip(*rounds, strict=True):
+        rates = [point["tokens_per_s"] for point in same]
+        point = dict(same[0])
+        if None not in rates:
+            for key in ("step_s", "tokens_per_s", "roofline_share"):
+                if point.get(key) is not None:
+                    point[key] = statistics.median(one[key] for one in same)
+            point["spread"] = asdict(Spread.of(rates))
+        points.append(point)
+    return points

@@ -1,0 +1,272 @@
+"""A thousand replicas that only pretend to work, for what they cost the driver.
+
+On a simulated clock the driver's own code is measured; over Ray, its real calls are: one actor then
+answers the polls of many stand-ins, so that the driver waits on as many references as in a real run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from b2batch.bench.child import cpu_s, peak_bytes
+from b2batch.bench.driver_scale import ScaleResult
+from b2batch.bench.workload import DriverWorkload
+from b2batch.cluster.dispatch import DispatchPolicy
+from b2batch.cluster.driver import RunHooks, run_units
+from b2batch.cluster.fleet import Answer, FleetEvent, RayFleet, poll_timeout_s
+from b2batch.cluster.placement import Placement
+from b2batch.cluster.replica import ReplicaState, ReplicaUpdate, UnitLease
+from b2batch.errors import Drained
+from b2batch.rows import UnitCounts, UnitReport, WorkUnit
+from b2batch.telemetry import Progress
+
+_START_TIMEOUT_S = 600.0
+_NUM_CROWDS = 2
+_STEPS_PER_S = 20.0
+
+
+@dataclass(slots=True)
+class _StandIn:
+    """A replica's answers without a replica: it finishes a unit every ``unit_s``, one after the other."""
+
+    unit_s: float
+    began_s: float
+    leases: list[UnitLease] = field(default_factory=list)
+    unit_ends_s: float = 0.0
+    num_reports: int = 0
+
+    def take(self, leases: Sequence[UnitLease], now_s: float, first_share: float = 1.0) -> None:
+        """Begin with the first lease if nothing is under way."""
+        if leases and not self.leases:
+            self.unit_ends_s = now_s + first_share * self.unit_s
+        self.leases += leases
+
+    def next_report_s(self) -> float:
+        """When a unit ends."""
+        return self.unit_ends_s if self.leases else float("inf")
+
+    def answer(self, now_s: float) -> ReplicaUpdate:
+        """What a poll that returns now is told."""
+        reports: list[UnitReport] = []
+        while self.next_report_s() <= now_s:
+            lease = self.leases.pop(0)
+            reports.append(
+                UnitReport(lease.unit.index, lease.attempt, UnitCounts(num_ok=lease.unit.num_rows))
+            )
+            self.unit_ends_s += self.unit_s
+        self.num_reports += len(reports)
+        num_rows = self.num_reports * 1000
+        num_steps = int((now_s - self.began_s) * _STEPS_PER_S)
+        progress = Progress(num_rows, 0, 100 * num_rows, 50 * num_rows, 64)
+        return ReplicaUpdate(ReplicaState.READY, True, tuple(reports), self.num_reports, num_steps, progress)
+
+
+# --- on a simulated clock ------------------------------------------------------------------------
+
+
+class SimulatedFleet:
+    """A ``Fleet`` whose clock jumps from answer to answer. Replicas begin one after the other."""
+
+    def __init__(self, num_replicas: int, unit_s: float, poll_timeout_s: float) -> None:
+        self.now_s = 0.0
+        self.num_reports = 0
+        self._unit_s = unit_s
+        self._poll_timeout_s = poll_timeout_s
+        self._first_share = 1.0 / num_replicas
+        self._replicas: dict[int, _StandIn] = {}
+        self._outbox: dict[int, list[UnitLease]] = {}
+        self._due: list[tuple[float, int]] = []  # when a poll is answered, by whom
+        self._to_poll: list[int] = []
+
+    def start(self, replica_id: int) -> None:
+        """See ``Fleet``; it is ready at once."""
+        self._replicas[replica_id] = _StandIn(self._unit_s, self.now_s)
+        self._outbox[replica_id] = []
+        heapq.heappush(self._due, (self.now_s, replica_id))
+
+    def lease(self, replica_id: int, lease: UnitLease) -> None:
+        """See ``Fleet``."""
+        self._outbox[replica_id].append(lease)
+
+    def kill(self, replica_id: int) -> None:
+        """See ``Fleet``."""
+        self._replicas.pop(replica_id, None)
+
+    def wait(self, timeout_s: float) -> list[FleetEvent]:
+        """See ``Fleet``."""
+        self._poll()
+        self.now_s = min(self.now_s + timeout_s, self._due[0][0]) if self._due else self.now_s + timeout_s
+        events: list[FleetEvent] = []
+        while self._due and self._due[0][0] <= self.now_s:
+            _, replica_id = heapq.heappop(self._due)
+            if replica_id in self._replicas:
+                events.append(self._answer(replica_id))
+        return events
+
+    def close(self, grace_s: float) -> None:
+        """See ``Fleet``."""
+        self._replicas.clear()
+
+    def _answer(self, replica_id: int) -> Answer:
+        update = self._replicas[replica_id].answer(self.now_s)
+        self.num_reports += len(update.reports)
+        self._to_poll.append(replica_id)
+        return Answer(replica_id, update)
+
+    def _poll(self) -> None:
+        """Poll whoever has answered, with the leases that were made since."""
+        for replica_id in self._to_poll:
+            replica, leases = self._replicas[replica_id], self._outbox[replica_id]
+            share = 1.0 if replica.num_reports else self._first_share * (replica_id + 1)
+            replica.take(leases, self.now_s, share)
+            leases.clear()
+            answered_s = min(self.now_s + self._poll_timeout_s, replica.next_report_s())
+            heapq.heappush(self._due, (answered_s, replica_id))
+        self._to_poll.clear()
+
+
+def drive_simulated(units: Sequence[WorkUnit], workload: DriverWorkload) -> int:
+    """The driver's loop for ``simulated_s``; returns how many reports it took in."""
+    num_replicas = min(workload.num_replicas, len(units))
+    fleet = SimulatedFleet(num_replicas, workload.unit_s, poll_timeout_s(num_replicas))
+    hooks = _hooks(lambda: fleet.now_s >= workload.simulated_s)
+    policy = DispatchPolicy(num_replicas, _START_TIMEOUT_S)
+    with suppress(Drained):
+        run_units(units, fleet, policy, hooks, drain_grace_s=0.0, clock=lambda: fleet.now_s)
+    return fleet.num_reports
+
+
+def _hooks(should_stop: Callable[[], bool], on_progress: Callable[[Any], None] = lambda _: None) -> RunHooks:
+    return RunHooks(
+        find_committed=lambda unit: None,
+        on_progress=on_progress,
+        on_beat=lambda: None,
+        should_stop=should_stop,
+    )
+
+
+# --- over Ray ------------------------------------------------------------------------------------
+
+
+class _Crowd:
+    """An actor that answers the polls of many stand-ins, each as long as a real replica would."""
+
+    def __init__(self, unit_s: float, num_replicas: int) -> None:
+        self._unit_s = unit_s
+        self._num_replicas = num_replicas
+        self._replicas: dict[int, _StandIn] = {}
+
+    async def poll(
+        self, replica_id: int, num_known: int, leases: tuple[UnitLease, ...], timeout_s: float
+    ) -> ReplicaUpdate:
+        """As ``Replica.poll``."""
+        now_s = time.monotonic()
+        is_new = replica_id not in self._replicas
+        replica = self._replicas.setdefault(replica_id, _StandIn(self._unit_s, now_s))
+        share = 1.0 if replica.num_reports else (replica_id % self._num_replicas + 1) / self._num_replicas
+        replica.take(leases, now_s, share)
+        if not is_new:
+            await asyncio.sleep(max(0.0, min(timeout_s, replica.next_report_s() - now_s)))
+        return replica.answer(time.monotonic())
+
+    async def wake(self, replica_id: int) -> None:
+        """As ``Replica.wake``, but the poll goes on: leases come with answers here."""
+
+    async def stop(self, replica_id: int, timeout_s: float) -> bool:
+        """As ``Replica.stop``."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """An actor's method with its first argument given."""
+
+    method: Any
+    replica_id: int
+
+    def remote(self, *arguments: Any) -> Any:
+        """Call it."""
+        return self.method.remote(self.replica_id, *arguments)
+
+
+class _Handle:
+    """What ``RayFleet`` takes for the handle of one replica's actor."""
+
+    def __init__(self, crowd: Any, replica_id: int) -> None:
+        self.poll = _Method(crowd.poll, replica_id)
+        self.wake = _Method(crowd.wake, replica_id)
+        self.stop = _Method(crowd.stop, replica_id)
+
+
+class _CrowdFleet(RayFleet):
+    """The real fleet with stand-ins for its actors."""
+
+    def __init__(self, placement: Placement, unit_s: float) -> None:
+        super().__init__(placement, _no_worker)
+        crowd = ray.remote(_Crowd).options(num_cpus=0, max_concurrency=placement.num_replicas + 1)
+        self._crowds = [crowd.remote(unit_s, placement.num_replicas) for _ in range(_NUM_CROWDS)]
+
+    def make_actor(self, replica_id: int) -> _Handle:
+        """One more in a crowd."""
+        return _Handle(self._crowds[replica_id % _NUM_CROWDS], replica_id)
+
+    def kill_actor(self, actor: _Handle) -> None:
+        """The crowds end with Ray."""
+
+
+def _no_worker() -> Any:
+    raise AssertionError("stand-ins build no worker")
+
+
+class _Watch:
+    """CPU and wall time from when every replica is ready, for ``seconds``."""
+
+    def __init__(self, num_replicas: int, seconds: float) -> None:
+        self._num_replicas = num_replicas
+        self._seconds = seconds
+        self._started_s = self._cpu_before_s = 0.0
+        self._num_before = self._num_committed = 0
+        self.result: ScaleResult | None = None
+
+    def on_progress(self, progress: Any) -> None:
+        """Begin when the last replica is ready."""
+        self._num_committed = progress.num_committed
+        if not self._started_s and progress.num_ready == self._num_replicas:
+            self._started_s, self._cpu_before_s = time.monotonic(), cpu_s()
+            self._num_before = progress.num_committed
+
+    def should_stop(self) -> bool:
+        """Whether the time is over; then ``result`` stands."""
+        wall_s = time.monotonic() - self._started_s
+        if not self._started_s or wall_s < self._seconds:
+            return False
+        if self.result is None:
+            num_reports = self._num_committed - self._num_before
+            used_s = cpu_s() - self._cpu_before_s
+            facts = {"core_share": used_s / wall_s, "seconds": wall_s}
+            self.result = ScaleResult("reports", num_reports, wall_s, used_s, peak_bytes(), facts)
+        return True
+
+
+def drive_on_ray(units: Sequence[WorkUnit], workload: DriverWorkload) -> ScaleResult:
+    """The driver's loop over Ray for ``ray_s`` of real time, from when all replicas are ready."""
+    num_replicas = min(workload.num_replicas, len(units))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    watch = _Watch(num_replicas, workload.ray_s)
+    fleet = _CrowdFleet(Placement(num_replicas, 1.0, 0.0), workload.unit_s)
+    hooks = _hooks(watch.should_stop, watch.on_progress)
+    try:
+        with suppress(Drained):
+            run_units(units, fleet, DispatchPolicy(num_replicas, _START_TIMEOUT_S), hooks, drain_grace_s=0.0)
+    finally:
+        ray.shutdown()
+    assert watch.result is not None
+    return watch.result
