@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,13 @@ def measure_dispatch(workload: DriverWorkload) -> ScaleResult:
 
 
 def measure_loop(workload: DriverWorkload) -> ScaleResult:
-    """The driver's loop on a simulated clock; ``core_share`` is CPU seconds over simulated seconds."""
+    """The driver's loop on a simulated clock; ``core_share`` is CPU seconds over simulated seconds.
+
+    The units are a list, as a job that resumes holds them.
+    """
     from b2batch.bench.simulated_fleet import drive_simulated
 
-    clock = _Clock()
-    num_reports = drive_simulated(make_units(workload.num_units), workload)
-    found = clock.result("reports", num_reports, seconds=workload.simulated_s)
-    return replace(found, facts={**found.facts, "core_share": found.cpu_s / workload.simulated_s})
+    return drive_simulated(list(make_units(workload.num_units)), workload)
 
 
 def measure_ray(workload: DriverWorkload) -> ScaleResult:

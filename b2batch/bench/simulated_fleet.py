@@ -19,17 +19,18 @@ import ray
 from b2batch.bench.child import cpu_s, peak_bytes
 from b2batch.bench.driver_scale import ScaleResult
 from b2batch.bench.workload import DriverWorkload
-from b2batch.cluster.dispatch import DispatchPolicy
-from b2batch.cluster.driver import RunHooks, run_units
-from b2batch.cluster.fleet import Answer, FleetEvent, RayFleet, poll_timeout_s
+from b2batch.cluster.dispatch import DispatchPolicy, poll_timeout_s
+from b2batch.cluster.driver import RunHooks, RunProgress, run_units
+from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, RayFleet
 from b2batch.cluster.placement import Placement
 from b2batch.cluster.replica import ReplicaState, ReplicaUpdate, UnitLease
-from b2batch.errors import Drained
+from b2batch.errors import Drained, MeasurementFailed
 from b2batch.rows import UnitCounts, UnitReport, WorkUnit
 from b2batch.telemetry import Progress
 
 _START_TIMEOUT_S = 600.0
 _NUM_CROWDS = 2
+_SETTLE_S = 5.0
 _STEPS_PER_S = 20.0
 
 
@@ -133,24 +134,29 @@ class SimulatedFleet:
         self._to_poll.clear()
 
 
-def drive_simulated(units: Sequence[WorkUnit], workload: DriverWorkload) -> int:
-    """The driver's loop for ``simulated_s``; returns how many reports it took in."""
+def drive_simulated(units: Sequence[WorkUnit], workload: DriverWorkload) -> ScaleResult:
+    """The driver's loop for ``simulated_s`` of a simulated clock."""
     num_replicas = min(workload.num_replicas, len(units))
     fleet = SimulatedFleet(num_replicas, workload.unit_s, poll_timeout_s(num_replicas))
-    hooks = _hooks(lambda: fleet.now_s >= workload.simulated_s)
-    policy = DispatchPolicy(num_replicas, _START_TIMEOUT_S)
-    with suppress(Drained):
-        run_units(units, fleet, policy, hooks, drain_grace_s=0.0, clock=lambda: fleet.now_s)
-    return fleet.num_reports
+    return _drive(units, fleet, num_replicas, workload.simulated_s, lambda: fleet.now_s)
 
 
-def _hooks(should_stop: Callable[[], bool], on_progress: Callable[[Any], None] = lambda _: None) -> RunHooks:
-    return RunHooks(
+def _drive(
+    units: Sequence[WorkUnit], fleet: Fleet, num_replicas: int, seconds: float, clock: Callable[[], float]
+) -> ScaleResult:
+    watch = _Watch(num_replicas, seconds, clock)
+    hooks = RunHooks(
         find_committed=lambda unit: None,
-        on_progress=on_progress,
+        on_progress=watch.on_progress,
         on_beat=lambda: None,
-        should_stop=should_stop,
+        should_stop=watch.should_stop,
     )
+    with suppress(Drained):
+        policy = DispatchPolicy(num_replicas, _START_TIMEOUT_S)
+        run_units(units, fleet, policy, hooks, drain_grace_s=0.0, clock=clock)
+    if watch.result is None:
+        raise MeasurementFailed(f"all {len(units)} units were done before {seconds:.0f} s: take more units")
+    return watch.result
 
 
 # --- over Ray ------------------------------------------------------------------------------------
@@ -227,46 +233,49 @@ def _no_worker() -> Any:
 
 
 class _Watch:
-    """CPU and wall time from when every replica is ready, for ``seconds``."""
+    """CPU time over ``seconds`` of the driver's clock, once every replica is ready and at work."""
 
-    def __init__(self, num_replicas: int, seconds: float) -> None:
+    def __init__(self, num_replicas: int, seconds: float, clock: Callable[[], float]) -> None:
         self._num_replicas = num_replicas
         self._seconds = seconds
-        self._started_s = self._cpu_before_s = 0.0
+        self._clock = clock
+        self._began_s = float("inf")
+        self._cpu_before_s = self._wall_before_s = 0.0
         self._num_before = self._num_committed = 0
         self.result: ScaleResult | None = None
 
-    def on_progress(self, progress: Any) -> None:
-        """Begin when the last replica is ready."""
+    def on_progress(self, progress: RunProgress) -> None:
+        """Begin a few seconds after the last replica became ready: starting is not what is measured."""
         self._num_committed = progress.num_committed
-        if not self._started_s and progress.num_ready == self._num_replicas:
-            self._started_s, self._cpu_before_s = time.monotonic(), cpu_s()
-            self._num_before = progress.num_committed
+        if progress.num_ready == self._num_replicas and self._began_s == float("inf"):
+            self._began_s = self._clock() + _SETTLE_S
 
     def should_stop(self) -> bool:
         """Whether the time is over; then ``result`` stands."""
-        wall_s = time.monotonic() - self._started_s
-        if not self._started_s or wall_s < self._seconds:
+        seconds = self._clock() - self._began_s
+        if seconds >= 0 and not self._wall_before_s:
+            self._began_s += seconds
+            self._cpu_before_s, self._wall_before_s = cpu_s(), time.perf_counter()
+            self._num_before = self._num_committed
+        if seconds < self._seconds:
             return False
         if self.result is None:
-            num_reports = self._num_committed - self._num_before
-            used_s = cpu_s() - self._cpu_before_s
-            facts = {"core_share": used_s / wall_s, "seconds": wall_s}
-            self.result = ScaleResult("reports", num_reports, wall_s, used_s, peak_bytes(), facts)
+            self.result = self._measure(seconds)
         return True
+
+    def _measure(self, seconds: float) -> ScaleResult:
+        used_s, wall_s = cpu_s() - self._cpu_before_s, time.perf_counter() - self._wall_before_s
+        facts = {"core_share": used_s / seconds, "seconds": seconds}
+        num_reports = self._num_committed - self._num_before
+        return ScaleResult("reports", num_reports, wall_s, used_s, peak_bytes(), facts)
 
 
 def drive_on_ray(units: Sequence[WorkUnit], workload: DriverWorkload) -> ScaleResult:
-    """The driver's loop over Ray for ``ray_s`` of real time, from when all replicas are ready."""
+    """The driver's loop over Ray for ``ray_s`` of real time."""
     num_replicas = min(workload.num_replicas, len(units))
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    watch = _Watch(num_replicas, workload.ray_s)
-    fleet = _CrowdFleet(Placement(num_replicas, 1.0, 0.0), workload.unit_s)
-    hooks = _hooks(watch.should_stop, watch.on_progress)
     try:
-        with suppress(Drained):
-            run_units(units, fleet, DispatchPolicy(num_replicas, _START_TIMEOUT_S), hooks, drain_grace_s=0.0)
+        fleet = _CrowdFleet(Placement(num_replicas, 1.0, 0.0), workload.unit_s)
+        return _drive(units, fleet, num_replicas, workload.ray_s, time.monotonic)
     finally:
         ray.shutdown()
-    assert watch.result is not None
-    return watch.result

@@ -94,9 +94,14 @@ class DispatchPolicy:
     max_leases: int = 2  # the next unit's rows fill the batch while the last one's drain
     max_attempts: int = 3  # of a unit that fails by an error
     max_kills: int = 3  # replicas one unit may take down
-    hang_timeout_s: float = 60.0  # no answer at all
+    hang_timeout_s: float = 60.0  # no answer at all; with many replicas see max_silence_s
     stall_timeout_s: float = 900.0  # answers, but its engine has not finished a step
     straggler_factor: float = 1.5  # of the mean lease: older ones are tried elsewhere at the end
+
+    @property
+    def max_silence_s(self) -> float:
+        """How long a replica with leases may be silent; two lost answers are forgiven."""
+        return max(self.hang_timeout_s, 3 * poll_timeout_s(self.num_replicas))
 
     @property
     def max_deaths(self) -> int:
@@ -170,6 +175,7 @@ class Dispatcher:
         self._replicas: dict[int, _Replica] = {}
         self._hungry: dict[int, None] = {}  # ready replicas with room for which there was no unit
         self._next_replica_id = 0
+        self._num_ready = 0  # kept, not counted: it is asked for with every answer
         self._now_s = 0.0
         self._none_ready_since_s: float | None = 0.0
         self._was_ever_ready = False
@@ -188,7 +194,7 @@ class Dispatcher:
     @property
     def num_ready(self) -> int:
         """Replicas that can work."""
-        return sum(replica.state is _State.READY for replica in self._replicas.values())
+        return self._num_ready
 
     @property
     def num_starting(self) -> int:
@@ -211,6 +217,7 @@ class Dispatcher:
         if self._is_over or replica is None or replica.state is _State.READY:
             return []
         replica.state = _State.READY
+        self._num_ready += 1
         self._was_ever_ready = True
         replica.answered_s = replica.moved_s = now_s
         self._start_failures_in_a_row = 0
@@ -219,7 +226,7 @@ class Dispatcher:
 
     def on_replica_failed_to_start(self, replica_id: int, error: ErrorText, now_s: float) -> list[Action]:
         """The replica lives, but its worker could not be built: seldom a matter of luck."""
-        replica = self._replicas.pop(replica_id, None)
+        replica = self._remove_replica(replica_id)
         if self._is_over or replica is None:
             return []
         self._start_failures_in_a_row += 1
@@ -232,7 +239,7 @@ class Dispatcher:
 
     def on_replica_lost(self, replica_id: int, loss: Loss, detail: str, now_s: float) -> list[Action]:
         """The replica is gone; ``detail`` is what is known about it, for the message."""
-        replica = self._replicas.pop(replica_id, None)
+        replica = self._remove_replica(replica_id)
         if self._is_over or replica is None:
             return []
         self.num_lost += 1
@@ -453,6 +460,12 @@ class Dispatcher:
         self._replicas[replica_id] = _Replica()
         return StartReplica(replica_id)
 
+    def _remove_replica(self, replica_id: int) -> _Replica | None:
+        replica = self._replicas.pop(replica_id, None)
+        if replica is not None and replica.state is _State.READY:
+            self._num_ready -= 1
+        return replica
+
     @property
     def _gave_up_starting(self) -> bool:
         return self._start_failures_in_a_row > 3 + self._policy.num_replicas
@@ -494,18 +507,19 @@ class Dispatcher:
 
     def _kill_hung(self) -> list[Action]:
         actions: list[Action] = []
+        max_silence_s = self._policy.max_silence_s
         for replica_id, replica in list(self._replicas.items()):
-            reason = self._hang_reason(replica)
+            reason = self._hang_reason(replica, max_silence_s)
             if reason and not self._is_over:
                 actions.append(KillReplica(replica_id, reason))
                 actions += self.on_replica_lost(replica_id, Loss.HANG, reason, self._now_s)
         return actions
 
-    def _hang_reason(self, replica: _Replica) -> str | None:
+    def _hang_reason(self, replica: _Replica, max_silence_s: float) -> str | None:
         if not replica.leases:
             return None
         silent_s = self._now_s - replica.answered_s
-        if silent_s >= self._policy.hang_timeout_s:
+        if silent_s >= max_silence_s:
             return f"it has not answered for {silent_s:.0f} s"
         stalled_s = self._now_s - replica.moved_s
         if stalled_s >= self._policy.stall_timeout_s:
@@ -530,6 +544,14 @@ class Dispatcher:
             f"{self._describe(unit_index)}: failed {unit.num_failures} times, last with {code}: {message}\n"
             f"{traceback}"
         )
+
+
+def poll_timeout_s(num_replicas: int) -> float:
+    """How long a replica that has no news may be silent: with many longer, as each answer costs the driver.
+
+    So that a thousand replicas that finish a unit a minute cost little more than their reports.
+    """
+    return min(50.0, max(1.0, num_replicas / 20))
 
 
 def _flags(pending: PendingUnits) -> bytearray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Self
@@ -23,6 +24,7 @@ from b2batch.outputs.success import Success
 from b2batch.rows import UnitCounts, UnitReport, WorkUnit
 
 READ_THREADS = 8
+_PROBED_READS = 64
 _SHOWN_NAMES = 5
 _log = logging.getLogger(__name__)
 
@@ -126,9 +128,8 @@ class RunDirectory:
         unplanned = sorted(name for index, name in there.items() if index not in planned)
         if unplanned:
             raise IntegrityError(f"{self.store.uri}: not in the plan of this run: {shown_names(unplanned)}")
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            reports = pool.map(self._find_or_advise, [planned[index] for index in sorted(there)])
-            return {report.unit_index: report.counts for report in reports}
+        reports = _read_each(self._find_or_advise, [planned[index] for index in sorted(there)])
+        return {report.unit_index: report.counts for report in reports}
 
     def find_part(self, unit: WorkUnit) -> UnitReport | None:
         """The receipt of ``unit`` when it is committed, whoever committed it; else None.
@@ -156,6 +157,21 @@ class RunDirectory:
             raise IntegrityError(
                 f"{error}. `b2batch verify --repair` removes it, so that the next run makes it again."
             ) from error
+
+
+def _read_each(read: Callable[[WorkUnit], UnitReport], units: Sequence[WorkUnit]) -> list[UnitReport]:
+    """``read`` of each unit, on threads where the storage is what one waits for.
+
+    The first few tell. From a fast disk, threads would only wait for one another: half as fast.
+    """
+    wall_s, cpu_s = time.perf_counter(), time.thread_time()
+    first = [read(unit) for unit in units[:_PROBED_READS]]
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.thread_time() - cpu_s
+    rest = units[_PROBED_READS:]
+    if wall_s < 2 * cpu_s:
+        return first + [read(unit) for unit in rest]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return [*first, *pool.map(read, rest)]
 
 
 def planned_units(units: Sequence[WorkUnit]) -> Mapping[int, WorkUnit]:

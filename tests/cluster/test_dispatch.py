@@ -256,6 +256,26 @@ def test_a_silent_replica_with_leases_is_killed_and_replaced():
     assert dispatcher.num_starting == 1
 
 
+def test_among_many_replicas_silence_is_borne_longer():
+    """They are polled more seldom: three polls may go by without an answer."""
+    dispatcher, _ = started(num_units=4000, num_replicas=1000, hang_timeout_s=60.0)
+    now_s, _ = tick_until(dispatcher, 0.0, KillReplica, 300.0)
+    assert now_s == 150.0
+
+
+def test_ready_and_starting_replicas_are_told_apart_through_losses():
+    dispatcher, _ = started(num_units=20, num_replicas=3)
+    assert (dispatcher.num_ready, dispatcher.num_starting) == (3, 0)
+    [start] = of(StartReplica, dispatcher.on_replica_lost(1, Loss.CRASH, "", 1.0))
+    assert (dispatcher.num_ready, dispatcher.num_starting) == (2, 1)
+    dispatcher.on_replica_lost(1, Loss.CRASH, "told twice", 1.0)
+    dispatcher.on_replica_ready(start.replica_id, 2.0)
+    dispatcher.on_replica_ready(start.replica_id, 2.0)
+    assert (dispatcher.num_ready, dispatcher.num_starting) == (3, 0)
+    dispatcher.on_replica_failed_to_start(0, ("E", "its worker broke late", ""), 3.0)
+    assert dispatcher.num_ready == 2
+
+
 def test_a_replica_that_answers_but_does_not_move_is_killed_later():
     dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0, stall_timeout_s=50.0)
     killed_s = None
