@@ -140,7 +140,7 @@ def _measure_driver(workload: DriverWorkload, options: BenchOptions) -> dict[str
 
 def _measure_steps(workload: StepsWorkload, setting: Setting, options: BenchOptions) -> dict[str, Any]:
     """The medians of all rounds at each point."""
-    job = asdict(_steps_job(workload, setting))
+    job = asdict(steps_job(workload, setting))
     rounds = []
     for number in range(1, workload.repeats + 1):
         options.on_progress(f"steps, round {number} of {workload.repeats}")
@@ -153,7 +153,8 @@ def _measure_steps(workload: StepsWorkload, setting: Setting, options: BenchOpti
     }
 
 
-def _steps_job(workload: StepsWorkload, setting: Setting) -> PeerJob:
+def steps_job(workload: StepsWorkload, setting: Setting) -> PeerJob:
+    """On what a steps workload is measured; it has no rows."""
     return PeerJob(
         kind="engine",
         size=0,

@@ -69,9 +69,13 @@ def build(name: str, device: str, dtype: str, directory: Path) -> int:
         dtype=dtype,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = BaichuanForCausalLM(config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))  # so that 13 B parameters are never made in float32
+    try:
+        with torch.device(device):
+            model = BaichuanForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
     model.save_pretrained(directory)
     _write_tokenizer(directory)
     _write_generation_config(directory, shape)
