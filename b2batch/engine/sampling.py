@@ -1,9 +1,13 @@
 """Logits → next tokens, for a batch of sequences with settings of their own. No state.
 
 Order of the processors as in transformers: penalties, bias, forbidden stops → temperature → top_k →
-top_p, min_p → draw. The random number of a token is a hash of (seed, request id, sample, position),
-so it does not depend on neighbours, replica or restart, and the draw inverts the cumulative
-distribution, so a change in the last bits of the logits moves no other token.
+top_p, min_p → draw. The noise of a token is a hash of (seed, request id, sample, position, token
+id), so it does not depend on neighbours, replica or restart.
+
+The draw is Gumbel-max: argmax of log-probability + noise. Logits differ in their last bits with the
+batch they are computed in; here that moves a token only if two perturbed scores all but tie.
+Inverting the cumulative distribution, which adds those bits up over the vocabulary, moved 1 token
+of 288 where the distribution was flat.
 
 Shapes: R rows · V vocabulary.
 """
@@ -37,10 +41,28 @@ def sample(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]
     return [token if ok else None for token, ok in zip(chosen, finite, strict=True)]
 
 
-def uniform(seed: int, request_id: str, sample_index: int, position: int) -> float:
-    """The random number in [0, 1) of one token: the top 53 bits of a 64-bit hash."""
+def uniform(seed: int, request_id: str, sample_index: int, position: int, ids: Tensor) -> Tensor:
+    """The random numbers in (0, 1) of the tokens ``ids`` (K,) at one position, float64 (K,).
+
+    A 64-bit hash of the request mixed with each token id by splitmix64 (Steele et al. 2014).
+    """
     key = f"{seed}\0{request_id}\0{sample_index}\0{position}"
-    return (xxhash.xxh3_64_intdigest(key.encode()) >> 11) / (1 << 53)
+    base = xxhash.xxh3_64_intdigest(key.encode())
+    mixed = ids * _as_int64(0x9E3779B97F4A7C15) + _as_int64(base)
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _as_int64(0x94D049BB133111EB)
+    mixed = mixed ^ _shift_right(mixed, 31)
+    return (_shift_right(mixed, 12).double() + 0.5) / (1 << 52)
+
+
+def _as_int64(word: int) -> int:
+    """The signed number with the bits of an unsigned 64-bit word: torch multiplies modulo 2^64."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift_right(words: Tensor, bits: int) -> Tensor:
+    """Logical shift: zeros come in from the left."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Seq[int], num_top: Seq[int]) -> list[TokenLogprob]:
@@ -126,10 +148,14 @@ def distribution(scaled_RV: Tensor, rows: Seq[Sequence]) -> tuple[Tensor, Tensor
 
 def _draw(scaled_RV: Tensor, rows: Seq[Sequence]) -> list[int]:
     probabilities, ids = distribution(scaled_RV, rows)
-    numbers = [uniform(r.sampling.seed, r.request_id, r.index, len(r.tokens)) for r in rows]
-    cumulative = probabilities.double().cumsum(dim=-1)
-    target = torch.tensor(numbers, dtype=torch.float64, device=scaled_RV.device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    tokens: list[int] = ids.gather(1, index.minimum(last))[:, 0].tolist()
+    num_kept = int((probabilities > 0).sum(dim=-1).max())  # they stand first
+    probabilities, ids = probabilities[:, :num_kept], ids[:, :num_kept]
+    noise = torch.stack(
+        [
+            uniform(row.sampling.seed, row.request_id, row.index, len(row.tokens), own_ids)
+            for row, own_ids in zip(rows, ids, strict=True)
+        ]
+    )
+    scores = probabilities.double().log() - (-noise.log()).log()
+    tokens: list[int] = ids.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0].tolist()
     return tokens
