@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 
 from b2batch.encoding import RowEncoder
-from b2batch.engine import guard
+from b2batch.engine import guard, packing
 from b2batch.engine.engine import Engine
 from b2batch.engine.memory import resolve_limits
 from b2batch.engine.request import Completion, Finished, Request
@@ -34,6 +34,7 @@ from b2batch.failpoints import failpoint
 from b2batch.inputs.files import InputFile
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.models.loading import LoadedModel, load_model
+from b2batch.models.tokenizer import Tokenizer
 from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
@@ -89,6 +90,8 @@ def make_engine(spec: JobSpec, loaded: LoadedModel) -> Engine:
     codec = loaded.codec
     guard.refuse_windows(loaded.model, codec.max_model_len)
     expected = guard.reference_logits(loaded.model)
+    if packing.can_pack(loaded.model):
+        packing.pack_linears(loaded.model)
     limits = resolve_limits(
         spec.engine, KVShape.of(loaded.model), codec.max_model_len, next(loaded.model.parameters()).device
     )
@@ -183,7 +186,7 @@ class Worker:
         if failure is not None:
             self._fail(open_unit, row_id, failure)
             return
-        samples = tuple(self._sample(completion) for completion in finished.completions)
+        samples = tuple(read_sample(completion, self._tokenizer) for completion in finished.completions)
         generation = Generation(finished.num_prompt_tokens, samples, row_id in open_unit.truncated)
         open_unit.results[row_id] = ResultRow(row_id, generation)
         self._progress += Progress(
@@ -191,12 +194,6 @@ class Worker:
             num_input_tokens=generation.num_input_tokens,
             num_generated_tokens=generation.num_generated_tokens,
         )
-
-    def _sample(self, completion: Completion) -> Sample:
-        text = self._tokenizer.decode(completion.token_ids[: completion.num_text_tokens])
-        if completion.stop_text is not None:
-            text = text[: text.find(completion.stop_text)]
-        return Sample(text, completion.token_ids, completion.finish_reason, completion.logprobs)
 
     def _fail(self, open_unit: _OpenUnit, row_id: str, failure: RowFailure) -> None:
         logger.debug("row=%s %s: %s", row_id, failure.fault, failure.message)
@@ -234,6 +231,14 @@ class Worker:
             worker_id=self._worker_id,
             provenance=self._args.provenance,
         )
+
+
+def read_sample(completion: Completion, tokenizer: Tokenizer) -> Sample:
+    """A completion as text, without the stop token or the stop string that ended it."""
+    text = tokenizer.decode(completion.token_ids[: completion.num_text_tokens])
+    if completion.stop_text is not None:
+        text = text[: text.find(completion.stop_text)]
+    return Sample(text, completion.token_ids, completion.finish_reason, completion.logprobs)
 
 
 def _failure_of(completions: Sequence[Completion]) -> RowFailure | None:

@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_fail_their_rows(tmp_path):
     broken = load_model(ModelSpec(model="baichuan2-tiny"))
     spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS])
     engine = make_engine(spec, broken)
-    broken.model.lm_head.weight.data[0, 0] = float("nan")
+    broken.model.model.norm.weight.data.fill_(float("nan"))
     job = prepare_job(spec)
     store = open_store(spec.output.path, job.record.run_id)
     RunDirectory.open(store, job.record, job.plan.to_bytes())

@@ -46,7 +46,8 @@ def resolve_limits(spec: EngineSpec, shape: KVShape, max_model_len: int, device:
     if tokens < max_model_len:
         raise SpecError(
             f"engine: there is room for {tokens} tokens of keys and values ({shape.bytes_per_token} bytes "
-            f"each), less than one sequence of model.max_model_len {max_model_len}; lower that, or free memory"
+            f"each), less than one sequence of model.max_model_len {max_model_len}; lower that, or free "
+            "memory"
         )
     return Limits(max_num_seqs, budget, int(tokens), spec.enable_prefix_caching)
 
