@@ -116,7 +116,8 @@ class Scheduler:
         step = Step()
         num_preempted = self.stats.num_preempted
         budget = self._continue_running(step)
-        if self.stats.num_preempted == num_preempted:  # else the arena is full
+        # After a preemption the arena is full, unless the last sequence sent itself back: then it is empty.
+        if self.stats.num_preempted == num_preempted or not self.running:
             self._admit_waiting(step, budget)
         step.chunks.sort(key=lambda chunk: chunk.prefix.span.start if chunk.prefix else -1)
         return step
