@@ -199,5 +199,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _describe(error: RayError) -> str:
-    """Ray's own account in one line, bounded: it may quote a log."""
-    return " ".join(_ANSI_COLOUR.sub("", str(error)).split())[:1000]
+    """Ray's own account in one line, bounded, without the identifiers before and the guesses after."""
+    text = " ".join(_ANSI_COLOUR.sub("", str(error)).split())
+    cause = text[max(0, text.find("The actor is dead because")) :]
+    return cause.partition(" Some common causes include")[0][:1000]

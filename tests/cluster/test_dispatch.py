@@ -309,6 +309,45 @@ def test_a_straggler_is_copied_once_and_the_first_commit_wins():
     assert dispatcher.counts.num_ok == 3
 
 
+def with_a_copy():
+    """Unit 2 of 3 is held twice, by replica 1 and, as a copy, by another; the rest is committed."""
+    dispatcher, leases = started(num_units=3, num_replicas=3)
+    [slow] = [lease for lease in leases if lease.replica_id == 1]
+    dispatcher.on_tick(1.0)
+    for lease in leases:
+        if lease is not slow:
+            dispatcher.on_report(*done(lease))
+    [copy] = of(Lease, dispatcher.on_tick(3.0))
+    assert copy.unit_index == slow.unit_index == 2
+    return dispatcher, slow, copy
+
+
+def test_a_failed_copy_is_not_retried_while_the_first_lease_runs():
+    dispatcher, slow, copy = with_a_copy()
+    assert dispatcher.on_report(*failed(copy)) == []
+    assert of(Lease, dispatcher.on_tick(4.0)) == []
+    assert dispatcher.on_report(*done(slow)) == [Finish()]
+
+
+def test_a_unit_lost_by_both_its_holders_is_leased_once():
+    dispatcher, slow, copy = with_a_copy()
+    checks = [
+        *dispatcher.on_replica_lost(slow.replica_id, Loss.NODE, "", 4.0),
+        *dispatcher.on_replica_lost(copy.replica_id, Loss.NODE, "", 4.0),
+    ]
+    answers = [dispatcher.on_unit_checked(check.unit_index, None) for check in of(CheckCommitted, checks)]
+    leases = [lease for actions in answers for lease in of(Lease, actions)]
+    assert [lease.unit_index for lease in leases] == [slow.unit_index]
+
+
+def test_a_unit_waits_for_no_replica_that_is_gone():
+    dispatcher, leases = started(num_units=2, num_replicas=2, max_leases=1)
+    mine, other = sorted(leases, key=lambda lease: lease.replica_id)
+    assert dispatcher.on_report(*failed(mine)) == []  # better on the other, once that has room
+    actions = dispatcher.on_replica_lost(other.replica_id, Loss.NODE, "", 1.0)
+    assert of(Lease, actions) == [Lease(mine.replica_id, mine.unit_index, 2)]
+
+
 def test_draining_leases_and_starts_nothing_more():
     dispatcher, leases = started(num_units=10)
     dispatcher.on_stop()
