@@ -136,6 +136,12 @@ def take_epoch(store: Store, run8: str, job_id: str = "", takeover: bool = False
     return epoch
 
 
+def newest_owner(store: Store, run8: str) -> Owner | None:
+    """The process that took the newest epoch of a run; None before the first."""
+    newest = _newest_epoch(store, run8)
+    return _read_owner(store, run8, newest) if newest else None
+
+
 def _newest_epoch(store: Store, run8: str) -> int:
     stems = (Path(key).stem for key, _ in store.list(RunKeys(run8).epochs))
     return max((int(stem) for stem in stems if stem.isdigit()), default=0)

@@ -28,7 +28,10 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A run at one moment. ``exit_code`` is None while it runs; times are UTC, ISO 8601."""
+    """A run at one moment. ``exit_code`` is None while it runs; times are UTC, ISO 8601.
+
+    ``rows_per_s`` is the mean over this start of the driver, committed rows only.
+    """
 
     run_id: str
     state: RunState
@@ -41,6 +44,7 @@ class Status:
     updated: str
     exit_code: int | None = None
     reason: str = ""
+    rows_per_s: float = 0.0
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
