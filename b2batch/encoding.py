@@ -51,6 +51,16 @@ class RowEncoder:
                 "for chat prompts use truncate_left"
             )
 
+    @property
+    def sampling(self) -> SamplingSpec:
+        """The job's sampling, the checkpoint's own settled in."""
+        return self._sampling
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether prompts go through the model's chat format."""
+        return self._uses_chat
+
     def render(self, row: PromptRow) -> Prompt:
         """The prompt of a row before it is tokenised; RowError as ``PromptRenderer.render``."""
         return self._renderer.render(row.columns)

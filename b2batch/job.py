@@ -148,6 +148,8 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
     started_s = time.monotonic()
     options = options or RunOptions()
     job = prepare_job(spec)
+    if options.should_stop():
+        raise Drained("stopped before anything was started; the same command starts it")
     store = open_store(spec.output.path, job.record.run_id)
     directory = RunDirectory.open(
         store,
@@ -302,7 +304,7 @@ class _Run:
         """Note how the run ended, unless another driver owns the status by now."""
         if isinstance(error, Fenced):
             return
-        exit_code = error.exit_code if isinstance(error, B2BatchError) else 1
+        exit_code = _exit_code(error)
         state = RunState.DRAINED if isinstance(error, Drained) else RunState.FAILED
         if exit_code == 3:
             state = RunState.SUCCEEDED  # every row is accounted for; the code says that too many failed
@@ -324,10 +326,15 @@ class _Run:
                 num_replicas=self._num_ready,
                 started=self._started,
                 updated=_utc_now(),
+                rows_per_s=self._rows_per_s(),
                 exit_code=exit_code,
                 reason=reason,
             ),
         )
+
+    def _rows_per_s(self) -> float:
+        elapsed_s = time.monotonic() - self._started_s
+        return round((self._counts.num_rows - self._resumed.num_rows) / elapsed_s, 3) if elapsed_s else 0.0
 
 
 def _result(
@@ -342,6 +349,20 @@ def _result(
         num_replicas_lost=num_lost,
         wall_s=time.monotonic() - started_s,
     )
+
+
+def open_output(spec: JobSpec) -> Store:
+    """The output of a job, for reading. The job is planned only where ``{run8}`` in the path asks for it."""
+    if "{run8}" not in spec.output.path:
+        return open_store(spec.output.path)
+    return open_store(spec.output.path, prepare_job(spec).record.run_id)
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the process ends with; a forced end (SystemExit) brings its own code."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return error.exit_code if isinstance(error, B2BatchError) else 1
 
 
 def _refuse_own_output(spec: JobSpec, plan: Plan) -> None:

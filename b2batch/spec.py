@@ -373,6 +373,27 @@ def apply_fragment(document: Mapping[str, Any], directories: Iterable[Path]) -> 
     return dict(document)
 
 
+def find_model(name: str, directories: Iterable[Path]) -> ModelSpec:
+    """The model of a job that says only ``model.model: name``.
+
+    Raises:
+        SpecError: as ``apply_fragment``, or the fragment's model is not valid.
+    """
+    model = apply_fragment({"model": {"model": name}}, directories)["model"]
+    try:
+        return ModelSpec.model_validate(model)
+    except ValidationError as error:
+        raise SpecError("\n".join(f"model.{_explain(fault)}" for fault in error.errors())) from None
+
+
+def named_models(directories: Iterable[Path]) -> dict[str, str]:
+    """Name → what it stands for, of every fragment in or above the directories and every embedded model."""
+    embedded = dict.fromkeys(EMBEDDED_MODELS, "embedded")
+    fragments = find_fragments(directories)
+    named = {name: str(read_yaml(path).get("model", {}).get("model")) for name, path in fragments.items()}
+    return dict(sorted({**named, **embedded}.items()))
+
+
 def _laid_under(document: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     fragment = read_yaml(path)
     unknown = sorted(fragment.keys() - {"model", "sampling"})

@@ -1,0 +1,90 @@
+"""``verify``: a finished output compared with its plan, its digests and the input as it is today."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pyarrow.fs as pafs
+
+from b2batch.errors import CallerError, InputError, IntegrityError
+from b2batch.inputs.files import InputFile
+from b2batch.inputs.plan import Plan
+from b2batch.inputs.unit_reader import UnitReader
+from b2batch.job import prepare_job
+from b2batch.outputs.drift import check_drift
+from b2batch.outputs.footer import digest_rows
+from b2batch.outputs.run import RunDirectory
+from b2batch.outputs.schema import output_schema
+from b2batch.outputs.store import open_store
+from b2batch.outputs.verify import RowsDigest, VerifyReport, verify
+from b2batch.rows import WorkUnit
+from b2batch.spec import InputSpec, JobSpec, parse_spec
+
+logger = logging.getLogger(__name__)
+
+
+def verify_job(spec: JobSpec, *, with_input: bool = True, repair: bool = False) -> VerifyReport:
+    """Prove the output of a job: that it is this job's, over the input as the job finds it today.
+
+    Raises:
+        DriftError: the output was made from another input or another spec.
+        CallerError: the job is not sound, or its output holds no run.
+    """
+    job = prepare_job(spec)
+    directory = RunDirectory.existing(open_store(spec.output.path, job.record.run_id))
+    check_drift(directory.record, job.record, directory.store.uri)
+    return _verify(directory, job.plan, spec, job.plan.files if with_input else None, repair)
+
+
+def verify_output(path: str, *, with_input: bool = True, repair: bool = False) -> VerifyReport:
+    """Prove an output directory by itself: the spec and the plan are those that stand in it.
+
+    The input is read where the plan says it was. Files may have been copied or touched since: what
+    counts is their rows.
+
+    Raises:
+        OutputError: the directory holds no run.
+        InputError: an input file is gone.
+    """
+    run_id = RunDirectory.existing(open_store(path)).record.run_id
+    directory = RunDirectory.existing(open_store(path, run_id))
+    plan = Plan.from_bytes(directory.read_plan())
+    files = [_as_it_is(file) for file in plan.files] if with_input else None
+    return _verify(directory, plan, parse_spec(directory.record.spec), files, repair)
+
+
+def _verify(
+    directory: RunDirectory, plan: Plan, spec: JobSpec, files: Sequence[InputFile] | None, repair: bool
+) -> VerifyReport:
+    schema = output_schema(plan.schema, spec)
+    digest = None if files is None else _rows_digest(files, plan, spec.input)
+    return verify(directory, plan.units, schema, digest, repair=repair)
+
+
+def _rows_digest(files: Sequence[InputFile], plan: Plan, spec: InputSpec) -> RowsDigest:
+    """Digests of units read again; a unit that cannot be read has none that equals another."""
+    reader, lock = UnitReader(files, plan.schema, spec), threading.Lock()
+
+    def digest(unit: WorkUnit) -> str:
+        if not unit.num_rows:
+            return digest_rows(())
+        try:
+            with lock:  # the reader holds one file open and goes through it in order
+                rows = reader.read(unit).rows
+        except (CallerError, IntegrityError) as error:
+            logger.warning("unit=%d: %s", unit.index, error)
+            return ""
+        return digest_rows(row.row_hash for row in rows)
+
+    return digest
+
+
+def _as_it_is(file: InputFile) -> InputFile:
+    filesystem, path = file.locate()
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise InputError(f"{file.uri}: the input is gone; --no-input verifies the output by itself")
+    return replace(file, size=info.size or 0, etag=str(info.mtime_ns or ""))
