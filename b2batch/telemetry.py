@@ -7,6 +7,10 @@ import logging
 import sys
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOGGER_NAME = "b2batch"
 
@@ -80,25 +84,28 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def setup_logging(level: int | str = logging.INFO, *, json_lines: bool = False) -> None:
+def setup_logging(
+    level: int | str = logging.INFO, *, json_lines: bool = False, console: Console | None = None
+) -> None:
     """Send the log of ``b2batch`` to stderr: coloured on a terminal, plain or JSON lines otherwise.
 
-    Other libraries' loggers are left as they are. Calling it again replaces the earlier set-up.
+    ``console`` is the one that a live display on stderr uses: lines then go above it. Other
+    libraries' loggers are left as they are. Calling it again replaces the earlier set-up.
     """
     logger = logging.getLogger(LOGGER_NAME)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    logger.addHandler(_make_handler(json_lines))
+    logger.addHandler(_make_handler(json_lines, console))
     logger.setLevel(level)
     logger.propagate = False
 
 
-def _make_handler(json_lines: bool) -> logging.Handler:
+def _make_handler(json_lines: bool, console: Console | None) -> logging.Handler:
     if not json_lines and sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
 
-        return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="[%X]")
+        return RichHandler(console=console or Console(stderr=True), show_path=False, log_time_format="[%X]")
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     handler.setFormatter(_JsonFormatter() if json_lines else plain)

@@ -1,0 +1,82 @@
+"""The ``b2batch`` command: its verbs, and how errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from b2batch.cli.bench import bench
+from b2batch.cli.doctor import doctor
+from b2batch.cli.init import init
+from b2batch.cli.models import models
+from b2batch.cli.plan import plan
+from b2batch.cli.preview import preview
+from b2batch.cli.run import run
+from b2batch.cli.status import status
+from b2batch.cli.validate import validate
+from b2batch.cli.verify import verify
+from b2batch.errors import B2BatchError
+
+_INTERRUPTED = 130
+
+
+class Verbs(TyperGroup):
+    """Ends with the exit code of an error raised on purpose, and its message alone."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except B2BatchError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
+)
+for verb in (init, validate, plan, preview, run, status, verify, doctor, bench):
+    app.command()(verb)
+app.add_typer(models, name="models")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"b2batch {version('b2batch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what nobody raised on purpose ends with its traceback and code 1."""
+    try:
+        app()
+    except Exception as error:
+        traceback.print_exc()
+        typer.echo(
+            f"error: b2batch failed unexpectedly: {type(error).__name__}: {error}\n"
+            "What was committed stays; the same command goes on from there.",
+            err=True,
+        )
+        sys.exit(1)

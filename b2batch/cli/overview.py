@@ -1,0 +1,62 @@
+"""A run's standing in lines for people, for ``status`` and the end of ``run``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from b2batch.cli.printing import count, duration, plural, share, shorten
+
+if TYPE_CHECKING:
+    from b2batch.outputs.overview import Overview
+
+_SHOWN_KINDS = 5
+_MESSAGE_CHARS = 160
+
+
+def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
+    """What is worth saying of ``view``, as names and values."""
+    yield "run", f"{view.run_id[:8]}: {_state(view)}"
+    yield "output", view.output
+    if view.reason:
+        yield "reason", shorten(view.reason, _MESSAGE_CHARS)
+    counts = view.counts
+    yield "rows", f"{count(counts.num_rows)}: {_shares(view)}"
+    yield "units", f"{count(view.num_units_committed)} of {count(view.num_units)} committed"
+    yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
+    if view.num_replicas:
+        yield "speed", f"{view.rows_per_s:.1f} rows/s on {plural(view.num_replicas, 'replica')}"
+    if view.started:
+        yield "time", f"started {view.started}, last news {view.updated}"
+    yield from _failure_facts(view)
+
+
+def _state(view: Overview) -> str:
+    if view.state is None:
+        return "began, and was not heard of since; the same run command goes on"
+    if view.is_silent:
+        silence = f"its driver was not heard of for {duration(view.silent_s)}"
+        return f"{view.state}, but {silence}; the same run command goes on"
+    return str(view.state) if not view.exit_code else f"{view.state} (exit {view.exit_code})"
+
+
+def _shares(view: Overview) -> str:
+    counts = view.counts
+    parts = [f"{count(counts.num_ok)} ok", plural(counts.num_error, "error")]
+    if counts.num_length:
+        cut = share(counts.num_length, counts.num_rows)
+        parts.append(f"{count(counts.num_length)} cut by max_tokens or the context ({cut})")
+    if view.num_skipped_blank:
+        parts.append(f"{plural(view.num_skipped_blank, 'blank line')} left out")
+    return ", ".join(parts)
+
+
+def _failure_facts(view: Overview) -> Iterator[tuple[str, str]]:
+    for index, kind in enumerate(view.failures[:_SHOWN_KINDS]):
+        place = f"{kind.row_id} of {kind.file}" if kind.file else kind.row_id
+        what = (
+            f"{count(kind.num_rows)} {kind.type}; the first, {place}: {shorten(kind.message, _MESSAGE_CHARS)}"
+        )
+        yield "" if index else "errors", what
+    if len(view.failures) > _SHOWN_KINDS:
+        yield "", f"and {plural(len(view.failures) - _SHOWN_KINDS, 'more kind')}"

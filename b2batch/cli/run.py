@@ -1,0 +1,123 @@
+"""``b2batch run``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, read_job
+from b2batch.cli.overview import overview_facts
+from b2batch.cli.printing import duration, print_facts, print_json
+from b2batch.errors import B2BatchError, CallerError, IntegrityError, RunLocked
+
+if TYPE_CHECKING:
+    from b2batch.job import JobResult, RunOptions
+    from b2batch.outputs.overview import Overview
+    from b2batch.spec import JobSpec
+
+
+def run(
+    job: Job = None,
+    config: Config = None,
+    overrides: Set = None,
+    paths: Input = None,
+    output: Output = None,
+    limit: Limit = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that the output holds.")
+    ] = False,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="Do not wait for another driver's lease to end.")
+    ] = False,
+    allow_foreign: Annotated[
+        bool, typer.Option("--allow-foreign", help="Write beside files that are not b2batch's.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Replaces cluster.address.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Replaces cluster.replicas.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a job to its end, or go on with it: after any stop the same command resumes.
+
+    Exit codes: 0 done; 1 failed, run again; 2 the job is wrong; 3 done, too many failed rows; 4 the output
+    is another run's; 75 stopped, run again; 99 another driver works on it; 130, 143 forced.
+    """
+    spec = read_job(
+        job,
+        config,
+        overrides,
+        {
+            "input.path": paths,
+            "output.path": output,
+            "input.limit": limit,
+            "cluster.address": address,
+            "cluster.replicas": replicas,
+        },
+    )
+    from b2batch.job import RunOptions
+
+    options = RunOptions(overwrite=overwrite, takeover=takeover, allow_foreign=allow_foreign)
+    started_s = time.monotonic()
+    result, error = None, None
+    try:
+        result = _drive(spec, options, verbose)
+    except B2BatchError as caught:
+        error = caught
+    view = _standing(spec, result, error)
+    _tell_end(view, error, time.monotonic() - started_s, as_json)
+    if error is not None:
+        raise error
+
+
+def _drive(spec: JobSpec, options: RunOptions, verbose: bool) -> JobResult:
+    """Run the job with its progress on stderr and both stop signals handled."""
+    from rich.console import Console
+
+    from b2batch.cli.progress import open_view
+    from b2batch.cli.stopping import StopSignals
+    from b2batch.job import run_job
+    from b2batch.telemetry import setup_logging
+
+    console = Console(stderr=True)
+    setup_logging(logging.DEBUG if verbose else logging.INFO, console=console)
+    with open_view(console) as view, StopSignals(view.say) as stop:
+        return run_job(spec, replace(options, on_progress=view.update, should_stop=stop.is_asked))
+
+
+def _standing(spec: JobSpec, result: JobResult | None, error: B2BatchError | None) -> Overview | None:
+    """How the output stands now; None where it is not this run's, or nothing stands there."""
+    if isinstance(error, (CallerError, IntegrityError, RunLocked)):
+        return None
+    from b2batch.job import open_output
+    from b2batch.outputs.overview import overview
+    from b2batch.outputs.store import open_store
+
+    try:
+        return overview(open_store(result.output) if result else open_output(spec), datetime.now(UTC))
+    except B2BatchError:
+        return None  # stopped before there was an output
+
+
+def _tell_end(view: Overview | None, error: B2BatchError | None, wall_s: float, as_json: bool) -> None:
+    end = {
+        "exit_code": error.exit_code if error else 0,
+        "reason": str(error or ""),
+        "wall_s": round(wall_s, 1),
+        "run": None if view is None else asdict(view),
+    }
+    if as_json:
+        print_json(end)
+        return
+    if not sys.stderr.isatty():
+        typer.echo(json.dumps(end, ensure_ascii=False), err=True)  # for schedulers that lose exit codes
+    if view is not None:
+        print_facts([*overview_facts(view), ("took", duration(wall_s))])

@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM: the first asks the run to drain, the second ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FORCED = 128
+
+
+class StopSignals:
+    """Handles both signals while its context is open; for the main thread.
+
+    The first signal makes ``is_asked`` true and is told through ``say``. The second raises
+    SystemExit(128 + signal) in the main thread, which releases the lease on its way; the third does
+    not wait for anything.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._num_received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def is_asked(self) -> bool:
+        """Whether a signal came."""
+        return self._num_received > 0
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._num_received += 1
+        if self._num_received == 1:
+            self._say(
+                f"{signal.Signals(number).name}: stopping; leased units are finished first, for up to "
+                "cluster.drain_grace_s, and the same command goes on later. Once more ends at once."
+            )
+        elif self._num_received == 2:
+            raise SystemExit(_FORCED + number)
+        else:
+            os._exit(_FORCED + number)

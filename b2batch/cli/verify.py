@@ -1,0 +1,57 @@
+"""``b2batch verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from b2batch.cli.options import Json, Target, Verbose, is_job_file, log_to_stderr
+from b2batch.cli.printing import plural, print_facts, print_json
+from b2batch.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from b2batch.outputs.verify import VerifyReport
+
+
+def verify(
+    target: Target,
+    with_input: Annotated[
+        bool, typer.Option("--input/--no-input", help="Read the input again and compare its rows.")
+    ] = True,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove damaged parts, so that the next run makes them again.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove a finished output: every planned row once, no byte changed, made from this input. Exit 0 or 4."""
+    log_to_stderr(verbose)
+    report = _verify(target, with_input, repair)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report, with_input)
+    if not report.is_proved:
+        raise typer.Exit(IntegrityError.exit_code)
+
+
+def _verify(target: Path, with_input: bool, repair: bool) -> VerifyReport:
+    from b2batch.proof import verify_job, verify_output
+
+    if is_job_file(target):
+        from b2batch.spec import load_spec
+
+        return verify_job(load_spec(target), with_input=with_input, repair=repair)
+    return verify_output(str(target), with_input=with_input, repair=repair)
+
+
+def _print(report: VerifyReport, with_input: bool) -> None:
+    print_facts(("problem" if not index else "", line) for index, line in enumerate(report.problems))
+    if report.removed:
+        print_facts([("removed", ", ".join(report.removed)), ("", "run the job again to make them again")])
+    verdict = "proved" if report.is_proved else "not proved"
+    against = "its plan, its digests and the input" if with_input else "its plan and its digests"
+    held = f"{plural(report.num_rows, 'row')} in {plural(report.num_parts, 'part')}"
+    print_facts([(verdict, f"{held}, compared with {against}")])
