@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine.serving import MAX_MODEL_LEN, answer, engine_of, serve
 from golden import VARIANTS, Golden, forward
 
 from b2batch.engine.engine import Engine
@@ -17,6 +16,7 @@ from b2batch.engine.request import Finished, Request, ScoreRequest
 from b2batch.models.loading import LoadedModel, load_model
 from b2batch.rows import FinishReason
 from b2batch.spec import ModelSpec, SamplingSpec
+from engine.serving import MAX_MODEL_LEN, answer, engine_of, serve
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 GoldenOf = Callable[[str], Golden]
