@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 
 from b2batch.errors import DriftError, Fenced, IntegrityError, OutputError, RunLocked
 from b2batch.outputs.generation import latest_generation
-from b2batch.outputs.layout import SUCCESS
+from b2batch.outputs.layout import SUCCESS, RunKeys
 from b2batch.outputs.parts import commit_part
 from b2batch.outputs.run import RunDirectory
-from b2batch.outputs.store import open_store
+from b2batch.outputs.store import LocalStore, open_store
 from b2batch.rows import UnitCounts
 from b2batch.spec import JobSpec
 
@@ -249,6 +250,32 @@ def test_overwrite_that_crashes_anywhere_is_completed_by_the_next_start(new_spec
     else:
         pytest.fail("the overwrite never got through")
     assert num_steps > 15
+
+
+def test_overwrite_that_crashed_is_itself_overwritten() -> None:
+    third = make_spec("sampling.temperature=0.9")
+    for num_steps in range(5, 25):
+        store = MemoryStore()
+        drive(store, SPEC, UNITS)
+        with contextlib.suppress(_CrashError):
+            drive(_Crashing(store, num_steps), OTHER_SPEC, UNITS, overwrite=True)
+        store.now_s += 3600
+        drive(store, third, UNITS, overwrite=True)
+        assert {key.split("-")[2][:8] for key in parts(store)} == {make_record(third, UNITS).run8}
+
+
+def test_nothing_can_be_committed_to_a_run_while_it_is_erased(tmp_path: Path) -> None:
+    class Watched(LocalStore):
+        def delete(self, key: str) -> None:
+            super().delete(key)
+            if key.startswith("part-"):
+                with pytest.raises(Fenced):
+                    commit_part(late, make_part(UNITS[0], RECORD.run_id))
+
+    run_at(tmp_path)
+    late = open_store(str(tmp_path), RECORD.run_id)
+    drive(Watched(tmp_path, RunKeys(OTHER.run8).staging), OTHER_SPEC, UNITS, overwrite=True)
+    assert {path.name.split("-")[2][:8] for path in tmp_path.glob("part-*")} == {OTHER.run8}
 
 
 def test_late_writer_of_an_overwritten_run_is_fenced(tmp_path: Path) -> None:
