@@ -322,8 +322,11 @@ def apply_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> di
             raise SpecError(f"--set {override}: expected KEY=VALUE, such as sampling.max_tokens=64")
         try:
             values[dotted] = yaml.load(text, _StrictLoader) if text else None
-        except yaml.YAMLError as error:
-            raise SpecError(f"--set {override}: not a YAML value: {error}") from error
+        except (yaml.YAMLError, TypeError, RecursionError) as error:
+            raise SpecError(
+                f"--set {override}: not a YAML value: {error}; "
+                "text with braces needs quotes: KEY='\"{{ text }}\"'"
+            ) from error
     return set_values(document, values)
 
 

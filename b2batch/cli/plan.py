@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, log_to_stderr, read_job
-from b2batch.cli.printing import count, plural, print_facts, print_json, share, shorten, size
+from b2batch.cli.printing import count, magnitude, plural, print_facts, print_json, share, shorten, size
 
 if TYPE_CHECKING:
     from b2batch.estimate import Estimate
@@ -87,7 +87,7 @@ def _model_facts(found: Estimate) -> Iterator[tuple[str, str]]:
     yield (
         "model",
         (
-            f"{model.source}: {model.variant}; {model.num_parameters / 1e9:.3g} B parameters, "
+            f"{model.source}: {model.variant}; {magnitude(model.num_parameters)} parameters, "
             f"context {count(model.max_model_len)}, "
             f"{size(model.kv_bytes_per_token)} of KV a token ({model.dtype})"
         ),

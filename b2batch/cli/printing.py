@@ -33,6 +33,14 @@ def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
+def magnitude(number: float) -> str:
+    """``7.51 billion``, ``3.78 million``, ``950``."""
+    for limit, name in ((1e9, " billion"), (1e6, " million")):
+        if number >= limit:
+            return f"{number / limit:.3g}{name}"
+    return count(number)
+
+
 def share(part: float, whole: float) -> str:
     """``12.5 %``; of nothing ``0 %``."""
     return f"{100 * part / whole:.3g} %" if whole else "0 %"

@@ -52,5 +52,5 @@ def _print(found: Validation) -> None:
         bad = f"{found.num_bad_rows} of the first {plural(found.num_rows, 'row')} would be row errors"
         print_facts([("warn", bad), ("", found.first_fault)])
     else:
-        print_facts([("ok", f"rows: the first {found.num_rows} are rendered and tokenised")])
+        print_facts([("ok", f"rows: rendered and tokenised the first {plural(found.num_rows, 'row')}")])
     print_facts([("not checked", "weights, later rows; `b2batch plan` reads the whole input")])
