@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ def source() -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(source: Path) -> Iterator[Any]:
+def llama(source: Path) -> Any:
     """transformers' own model, float32, which no engine touches."""
-    yield transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
