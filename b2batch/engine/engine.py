@@ -155,6 +155,8 @@ class Engine:
 
         So labels of one token each cost one forward pass of the prompt, not one a label.
         """
+        if not request.continuations:
+            raise ValueError("there is no continuation to score")
         paths: dict[tuple[int, ...], dict[int, set[int]]] = {}
         for continuation in sorted(request.continuations, key=len, reverse=True):
             if not continuation:
@@ -305,7 +307,7 @@ def _scores(request: ScoreRequest, done: dict[int, Sequence]) -> tuple[Score, ..
     scores = []
     for continuation in request.continuations:
         path = [*request.prompt, *continuation[:-1]]
-        sequence = next(s for s in done.values() if s.tokens[: len(path)] == path)
+        sequence = next(done[i] for i in sorted(done) if done[i].tokens[: len(path)] == path)
         parts = [sequence.scores[first + i, token] for i, token in enumerate(continuation)]
         scores.append(Score(sum(p[0] for p in parts), len(parts), all(p[1] for p in parts)))
     return tuple(scores)

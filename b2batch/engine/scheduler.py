@@ -268,9 +268,9 @@ class Scheduler:
             return
         for start in range(0, len(new), _PREFIX_WINDOW):
             window = new[start : start + _PREFIX_WINDOW]
-            lengths = shared_prefix_lengths([s.tokens for s in window])
+            lengths = shared_prefix_lengths([s.shareable for s in window])
             for sequence, length in zip(window, lengths, strict=True):
-                warm = self._prefixes.longest_match(sequence.tokens)
+                warm = self._prefixes.longest_match(sequence.shareable)
                 sequence.prefix_tokens = warm or tuple(sequence.tokens[:length])
 
     def _append_chunk(self, step: Step, sequence: Sequence, num_tokens: int) -> None:

@@ -68,6 +68,14 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def shareable(self) -> list[int]:
+        """Tokens that a shared prefix may come from; it always leaves the last of them to the sequence.
+
+        A prefix gives no logits, so those of a scored sequence end where the first are wanted.
+        """
+        return self.tokens if self.probes is None else self.tokens[: min(self.probes) + 1]
+
+    @property
     def prefix_length(self) -> int:
         return self.prefix.length if self.prefix else 0
 

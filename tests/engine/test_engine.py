@@ -317,8 +317,9 @@ def test_prompts_that_cannot_run_are_refused_and_leave_no_trace(loaded: LoadedOf
 
 def test_continuations_that_cannot_run_are_refused(loaded: LoadedOf) -> None:
     engine = engine_of(loaded("b2_7b").model)
-    with pytest.raises(ValueError, match="continuation"):
-        engine.add(ScoreRequest("bad", PROMPT, [[5], []]))
+    for continuations in ([[5], []], []):
+        with pytest.raises(ValueError, match="continuation"):
+            engine.add(ScoreRequest("bad", PROMPT, continuations))
     with pytest.raises(ValueError, match=str(MAX_MODEL_LEN)):
         engine.add(ScoreRequest("bad", PROMPT, [[5] * MAX_MODEL_LEN]))
     assert not engine.has_work
@@ -340,6 +341,13 @@ def split(context: str, continuation: str, encode: Callable[[str], list[int]]) -
     continuation = context[len(stripped) :] + continuation
     whole, head = encode(stripped + continuation), encode(stripped)
     return whole[: len(head)], whole[len(head) :]
+
+
+def naive_score(model: Any, prompt: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """Log-likelihood and greediness of a continuation by a plain forward pass."""
+    rows = forward(model, prompt + continuation)[len(prompt) - 1 : -1].log_softmax(-1)
+    total = rows.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+    return total, rows.argmax(-1).tolist() == continuation
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_b2_equiv"])
@@ -368,19 +376,18 @@ def test_scores_are_those_of_lm_eval(name: str, shared_dir: Path) -> None:
         assert ours.index(max(ours)) == theirs.index(max(theirs))
 
 
+@pytest.mark.parametrize("length", ["short", "long enough to be a shared prefix"])
 def test_continuations_together_score_as_each_alone(
-    golden: GoldenOf, loaded: LoadedOf, plain: LoadedOf
+    length: str, golden: GoldenOf, loaded: LoadedOf, plain: LoadedOf
 ) -> None:
-    prompt = golden("b2_13b").prompts[1]
+    prompt = golden("b2_13b").prompts[1 if length == "short" else 3]
     continuations = [[5], [6, 7, 8], [6, 7], [6, 9], [5], [11, 12]]
     engine = engine_of(loaded("b2_13b").model)
     scores = serve(engine, [ScoreRequest("row", prompt, continuations)])["row"].scores
     for continuation, score in zip(continuations, scores, strict=True):
-        rows = forward(plain("b2_13b").model, prompt + continuation)[len(prompt) - 1 : -1].log_softmax(-1)
-        expected = rows.gather(1, torch.tensor(continuation)[:, None]).sum().item()
-        assert score.loglikelihood == pytest.approx(expected, abs=2e-4)
-        assert score.num_tokens == len(continuation)
-        assert score.is_greedy is (rows.argmax(-1).tolist() == continuation)
+        loglikelihood, is_greedy = naive_score(plain("b2_13b").model, prompt, continuation)
+        assert score.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
+        assert (score.num_tokens, score.is_greedy) == (len(continuation), is_greedy)
 
 
 def test_labels_of_one_token_cost_one_pass_of_the_prompt(golden: GoldenOf, loaded: LoadedOf) -> None:
