@@ -80,9 +80,12 @@ class KVShape:
         return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
 
     def arena(self, num_tokens: int, device: torch.device) -> Tensor:
-        """Room for one layer's keys, or values: (tokens, K, D)."""
+        """Room for one layer's keys, or values: (tokens, K, D).
+
+        Not zeroed: on a CPU, memory that no sequence reaches is then never taken.
+        """
         try:
-            return torch.zeros(num_tokens, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
+            return torch.empty(num_tokens, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise ModelError(
                 f"engine.kv_cache_tokens: no room for {num_tokens} tokens of keys and values at "
