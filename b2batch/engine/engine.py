@@ -9,7 +9,7 @@ Requests may be added at any time; each step's batch is filled from what is wait
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -77,6 +77,7 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self.runner = Runner(model, limits.kv_cache_tokens)
         self._max_model_len = max_model_len
+        self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
         self._decode = decode
         self._pending: dict[str, _Pending] = {}
@@ -108,12 +109,14 @@ class Engine:
         """Queue a request.
 
         Raises:
-            ValueError: the prompt is empty or leaves no room for a token, or the id is in use.
+            ValueError: the prompt is empty or leaves no room for a token, it or the sampling names a
+                token that the model does not have, or the id is in use.
         """
         if request.request_id in self._pending:
             raise ValueError(f"request {request.request_id} is in the engine already")
         if not request.prompt:
             raise ValueError("the prompt has no tokens")
+        self._check_tokens("the prompt", request.prompt)
         sequences = (
             self._score_paths(request) if isinstance(request, ScoreRequest) else self._samples(request)
         )
@@ -139,7 +142,15 @@ class Engine:
 
     # -- requests to sequences --
 
+    def _check_tokens(self, where: str, tokens: Iterable[int]) -> None:
+        """One row's impossible token must not end the step of all."""
+        for token in tokens:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"{where}: there is no token {token} in a vocabulary of {self._vocab_size}")
+
     def _samples(self, request: Request) -> list[Sequence]:
+        self._check_tokens("logit_bias", request.sampling.logit_bias)
+        self._check_tokens("stop_token_ids", request.sampling.stop_token_ids)
         prompt = list(request.prompt)
         room = self._max_model_len - len(prompt)
         if room < 1:
@@ -161,6 +172,7 @@ class Engine:
         for continuation in sorted(request.continuations, key=len, reverse=True):
             if not continuation:
                 raise ValueError("a continuation has no tokens")
+            self._check_tokens("a continuation", continuation)
             if len(request.prompt) + len(continuation) > self._max_model_len:
                 raise ValueError(f"prompt and continuation exceed the context of {self._max_model_len}")
             head = tuple(continuation[:-1])
@@ -220,7 +232,11 @@ class Engine:
     def _append(self, sequence: Sequence, token: int | None, stop_ids: frozenset[int]) -> Completion | None:
         """Give a sequence its next token; a Completion if it ended with it."""
         if token is None:
-            return _complete(sequence, FinishReason.ERROR, error="the model's logits are not finite")
+            return _complete(
+                sequence,
+                FinishReason.ERROR,
+                error="the model gave no finite logits, or penalties and bias left none",
+            )
         sequence.tokens.append(token)
         if token in stop_ids:
             return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)

@@ -32,7 +32,7 @@ def sample(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]
     """
     best, tokens = logits_RV.max(dim=-1)
     finite: list[bool] = torch.isfinite(best).tolist()
-    chosen: list[int] = tokens.tolist()
+    chosen: list[int | None] = tokens.tolist()
     special = [r for r, row in enumerate(rows) if finite[r] and not _is_plain_greedy(row, stop_ids[r])]
     if special:
         picked = _process(logits_RV[special], [rows[r] for r in special], [stop_ids[r] for r in special])
@@ -72,7 +72,7 @@ def token_logprobs(logits_RV: Tensor, tokens: Seq[int], num_top: Seq[int]) -> li
     own: list[float] = logprobs.gather(1, index)[:, 0].tolist()
     result = []
     for r, (token, count) in enumerate(zip(tokens, num_top, strict=True)):
-        values, ids = logprobs[r].topk(count)
+        values, ids = logprobs[r].topk(min(count, logprobs.shape[-1]))
         result.append(TokenLogprob(token, own[r], dict(zip(ids.tolist(), values.tolist(), strict=True))))
     return result
 
@@ -85,21 +85,25 @@ def _is_plain_greedy(row: Sequence, stop_ids: frozenset[int]) -> bool:
     )
 
 
-def _process(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]) -> list[int]:
+def _process(logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]]) -> list[int | None]:
+    """Tokens after penalties, bias and temperature; None where these leave no finite maximum."""
     logits_RV = logits_RV.clone()
+    vocab_size = logits_RV.shape[-1]
     for logits, row, stops in zip(logits_RV, rows, stop_ids, strict=True):
         _penalise(logits, row)
         if stops and row.num_generated < row.sampling.min_tokens:
-            logits[list(stops)] = float("-inf")
-    device = logits_RV.device
-    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
-    greedy: list[int] = logits_RV.argmax(dim=-1).tolist()
-    drawn = [r for r, row in enumerate(rows) if row.sampling.temperature > 0]
+            logits[[token for token in stops if token < vocab_size]] = float("-inf")
+    best, tokens = logits_RV.max(dim=-1)
+    finite: list[bool] = torch.isfinite(best).tolist()
+    chosen: list[int] = tokens.tolist()
+    drawn = [r for r, row in enumerate(rows) if finite[r] and row.sampling.temperature > 0]
     if drawn:
-        scaled = logits_RV[drawn] / temperature[drawn, None]
+        temperature = torch.tensor([rows[r].sampling.temperature for r in drawn], device=logits_RV.device)
+        below = logits_RV[drawn] - best[drawn, None]  # at most 0: no temperature can make it overflow
+        scaled = below / temperature.clamp_min(torch.finfo(temperature.dtype).tiny)[:, None]
         for r, token in zip(drawn, _draw(scaled, [rows[r] for r in drawn]), strict=True):
-            greedy[r] = token
-    return greedy
+            chosen[r] = token
+    return [token if ok else None for token, ok in zip(chosen, finite, strict=True)]
 
 
 def _penalise(logits: Tensor, row: Sequence) -> None:

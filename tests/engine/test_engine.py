@@ -315,6 +315,22 @@ def test_prompts_that_cannot_run_are_refused_and_leave_no_trace(loaded: LoadedOf
     assert len(completion.token_ids) == 1
 
 
+@pytest.mark.parametrize("token", [-1, 768, 125_000])
+def test_tokens_that_the_model_does_not_have_are_refused(token: int, loaded: LoadedOf) -> None:
+    """They would end the step of every row in the batch."""
+    engine = engine_of(loaded("b2_7b").model)
+    requests = [
+        Request("bad", [5, token], SamplingSpec(max_tokens=1)),
+        Request("bad", PROMPT, SamplingSpec(max_tokens=1, logit_bias={token: 1.0})),
+        Request("bad", PROMPT, SamplingSpec(max_tokens=1, stop_token_ids=(token,))),
+        ScoreRequest("bad", PROMPT, [[5], [token]]),
+    ]
+    for request in requests:
+        with pytest.raises(ValueError, match=f"token {token} "):
+            engine.add(request)
+    assert not engine.has_work
+
+
 def test_continuations_that_cannot_run_are_refused(loaded: LoadedOf) -> None:
     engine = engine_of(loaded("b2_7b").model)
     for continuations in ([[5], []], []):

@@ -184,6 +184,39 @@ def test_logits_that_are_not_numbers_give_no_token(logit: float, sampling: dict[
     assert draw([settings_of(), nothing]) == [0, None]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float) -> None:
+    assert draw([settings_of(temperature=temperature), settings_of(temperature=1e30)])[0] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logit_bias": dict.fromkeys(range(VOCAB), float("-inf"))},
+        {"logit_bias": {3: float("nan")}},
+        {"logit_bias": {3: float("inf")}},
+        {"repetition_penalty": 1e-300, "logit_bias": {VOCAB - 1: 1.0}},
+    ],
+)
+def test_settings_that_leave_no_finite_logit_fail_their_row_only(
+    sampling: dict[str, Any], temperature: float
+) -> None:
+    bad = settings_of(temperature=temperature, **sampling)
+    bad = Row([*bad.logits[:-1], 5.0], bad.prompt, [], bad.stops, bad.sampling)
+    assert draw([bad, settings_of()]) == [None, 0]
+
+
+def test_an_end_token_that_the_model_does_not_have_is_never_met() -> None:
+    row = settings_of(min_tokens=3)
+    assert draw([Row(row.logits, row.prompt, [], frozenset({0, VOCAB + 7}), row.sampling)]) == [1]
+
+
+def test_alternatives_are_at_most_the_vocabulary() -> None:
+    (entry,) = token_logprobs(torch.zeros(1, VOCAB), [0], [VOCAB + 5])
+    assert set(entry.top) == set(range(VOCAB))
+
+
 def test_the_batch_is_left_as_it_was() -> None:
     row = settings_of(temperature=1.0, repetition_penalty=2.0, logit_bias={0: -5.0})
     logits = torch.tensor([row.logits])
