@@ -153,8 +153,13 @@ class Worker:
         requests = [request for row in read.rows if (request := self._prepare(open_unit, row))]
         self._open[unit.index] = open_unit
         for request in requests:
-            self._unit_of[request.request_id] = open_unit
-            self._engine.add(request)
+            try:
+                self._engine.add(request)
+            except ValueError as error:
+                failure = RowFailure(RowFault.SAMPLING, str(error), Stage.ENCODE)
+                self._fail(open_unit, request.request_id, failure)
+            else:
+                self._unit_of[request.request_id] = open_unit
 
     def step(self) -> list[UnitReport]:
         """One engine step, then commit what it completed."""
@@ -177,6 +182,16 @@ class Worker:
         if encoded.prompt_truncated:
             open_unit.truncated.add(row.row_id)
         return encoded.request
+
+    def _queue(self, open_unit: _OpenUnit, request: Request) -> None:
+        """Hand a request to the engine, which refuses tokens that the model does not have."""
+        try:
+            self._engine.add(request)
+        except ValueError as error:
+            failure = RowError(RowFault.SAMPLING, str(error), Stage.ENCODE).failure
+            self._fail(open_unit, request.request_id, failure)
+        else:
+            self._unit_of[request.request_id] = open_unit
 
     def _take(self, finished: Finished) -> None:
         """Book an answered row."""

@@ -122,11 +122,16 @@ def test_a_row_may_bring_its_own_sampling(tmp_path, loaded):
         {"text": REVIEWS[0], "how": {"max_new_tokens": 3, "ignore_eos": True}},
         {"text": REVIEWS[0], "how": {"temperature": -1}},
         {"text": REVIEWS[0], "how": None},
+        {"text": REVIEWS[0], "how": {"temperature": 1e-40}},
+        {"text": REVIEWS[0], "how": {"stop_token_ids": [10**6]}},
     ]
     found, _, _ = work(make_spec(tmp_path, rows, input={"sampling_column": "how"}), loaded)
-    assert [row["num_generated_tokens"] for row in found.values()] == [1, 3, None, 2]
+    assert [row["num_generated_tokens"] for row in found.values()] == [1, 3, None, 2, 2, None]
     assert found["0:2"]["error"]["type"] == "SAMPLING"
     assert "temperature" in found["0:2"]["error"]["message"]
+    assert "1000000" in found["0:4"]["error"]["message"]
+    assert found["0:5"]["error"]["type"] == "SAMPLING"
+    assert "1000000" in found["0:5"]["error"]["message"]
 
 
 def test_logits_that_are_not_finite_fail_their_rows(tmp_path):
