@@ -159,9 +159,8 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
         allow_foreign=options.allow_foreign,
     )
     success = directory.success()
-    if success is not None:
+    if success is not None and not success.partial:  # a partial one may be within today's budget
         logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
-        success.check_budget(spec.errors.max_error_rate)
         return _result(job, store, success.counts, success.counts.num_rows, 0, started_s)
     with directory.take_epoch(takeover=options.takeover) as epoch:
         return _Run(job, store, directory, epoch, options, started_s).drive()
@@ -198,6 +197,7 @@ class _Run:
         """Drive the run to its end; ``status.json`` tells how it ended in any case."""
         try:
             self._run_pending()
+            self._epoch.check_not_fenced()
             self._write_status(RunState.FINALISING)
             success = finalise(
                 self._directory,

@@ -153,13 +153,7 @@ class Worker:
         requests = [request for row in read.rows if (request := self._prepare(open_unit, row))]
         self._open[unit.index] = open_unit
         for request in requests:
-            try:
-                self._engine.add(request)
-            except ValueError as error:
-                failure = RowFailure(RowFault.SAMPLING, str(error), Stage.ENCODE)
-                self._fail(open_unit, request.request_id, failure)
-            else:
-                self._unit_of[request.request_id] = open_unit
+            self._queue(open_unit, request)
 
     def step(self) -> list[UnitReport]:
         """One engine step, then commit what it completed."""
@@ -251,8 +245,7 @@ class Worker:
 def read_sample(completion: Completion, tokenizer: Tokenizer) -> Sample:
     """A completion as text, without the stop token or the stop string that ended it."""
     text = tokenizer.decode(completion.token_ids[: completion.num_text_tokens])
-    if completion.stop_text is not None:
-        text = text[: text.find(completion.stop_text)]
+    text = text[: len(text) - completion.num_cut_chars]
     return Sample(text, completion.token_ids, completion.finish_reason, completion.logprobs)
 
 

@@ -128,6 +128,9 @@ def test_too_many_bad_rows_end_over_budget_with_all_rows_there(ray_cluster, tmp_
     source.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ErrorBudgetExceeded, match="20 of 25 rows failed"):
         run_job(make_spec(tmp_path / "out", source))
+    forgiven = run_job(make_spec(tmp_path / "out", source, errors={"max_error_rate": 0.9}))
+    assert forgiven.num_rows_resumed == 25
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["partial"] is False
     statuses = [row["status"] for row in read_rows(tmp_path / "out")]
     assert statuses == ["ok"] * 5 + ["error"] * 20
 

@@ -240,9 +240,9 @@ class Engine:
         sequence.tokens.append(token)
         if token in stop_ids:
             return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)
-        stop_text = self._stop_text(sequence)
-        if stop_text is not None:
-            return _complete(sequence, FinishReason.STOP, stop_text=stop_text)
+        stop = self._stop_text(sequence)
+        if stop is not None:
+            return _complete(sequence, FinishReason.STOP, stop=stop)
         if sequence.num_generated >= sequence.max_tokens:
             return _complete(sequence, FinishReason.LENGTH)
         return None
@@ -251,17 +251,28 @@ class Engine:
         eos = frozenset() if sampling.ignore_eos else self._stop_token_ids
         return eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos
 
-    def _stop_text(self, sequence: Sequence) -> str | None:
-        """The stop string that the newest token completed, the earliest in the text if there are several."""
+    def _stop_text(self, sequence: Sequence) -> tuple[str, int] | None:
+        """The stop string that the newest token completed, and the characters from its start on.
+
+        The earliest in the text if there are several; one that was written before ``min_tokens`` is text.
+        """
         sampling = sequence.sampling
         if not sampling.stop or sequence.num_generated < sampling.min_tokens:
             return None
         if self._decode is None:
             raise ValueError("stop strings need a decode function")
         reach = 4 * max(map(len, sampling.stop)) + 4  # a character is at most four byte tokens
-        tail = self._decode(sequence.generated[-reach:])
-        found = [(tail.find(stop), stop) for stop in sampling.stop if stop in tail]
-        return min(found)[1] if found else None
+        generated = sequence.generated[-reach:]
+        tail = self._decode(generated)
+        candidates = [stop for stop in sampling.stop if stop in tail]
+        if not candidates:
+            return None
+        before = self._decode(generated[:-1])
+        found = [(start, stop) for stop in candidates if (start := _find_new(stop, tail, before)) >= 0]
+        if not found:
+            return None
+        start, stop = min(found)
+        return stop, len(tail) - start
 
     def _append_logprobs(self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]) -> None:
         wanted = [
@@ -298,12 +309,22 @@ def _complete(
     reason: FinishReason,
     *,
     num_stop_tokens: int = 0,
-    stop_text: str | None = None,
+    stop: tuple[str, int] = ("", 0),
     error: str | None = None,
 ) -> Completion:
     generated = tuple(sequence.generated)
     logprobs = tuple(sequence.logprobs) if sequence.sampling.logprobs is not None else None
-    return Completion(generated, len(generated) - num_stop_tokens, reason, stop_text, logprobs, error)
+    num_text_tokens = len(generated) - num_stop_tokens
+    stop_text, num_cut_chars = stop
+    return Completion(generated, num_text_tokens, reason, stop_text or None, num_cut_chars, logprobs, error)
+
+
+def _find_new(stop: str, text: str, before: str) -> int:
+    """Where ``stop`` first stands in ``text`` without having stood there in ``before``, or -1."""
+    start = text.find(stop)
+    while start >= 0 and before.startswith(stop, start):
+        start = text.find(stop, start + 1)
+    return start
 
 
 def _read_probes(sequence: Sequence, positions: list[int], logits_RV: Tensor) -> None:

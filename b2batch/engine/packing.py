@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 def can_pack(model: nn.Module) -> bool:
     """Whether the model is one that packing is for: float32 weights on a CPU whose torch has oneDNN."""
     parameter = next(model.parameters())
-    return parameter.is_cpu and parameter.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return parameter.is_cpu and parameter.dtype == torch.float32 and torch._C._has_mkldnn
 
 
 def pack_linears(model: nn.Module) -> None:

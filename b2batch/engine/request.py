@@ -36,14 +36,15 @@ class Completion:
     """One finished sample. ``token_ids`` ends with the stop token when one was met.
 
     ``num_text_tokens`` of them make the text: all but a stop token. ``stop_text`` is the stop
-    string that ended the sample, which is cut from the text. ``error`` is set when the model
-    produced no finite number.
+    string that ended the sample; with what follows it, it is the last ``num_cut_chars`` of the text.
+    ``error`` is set when there was no finite number to choose a token by.
     """
 
     token_ids: tuple[int, ...]
     num_text_tokens: int
     finish_reason: FinishReason
     stop_text: str | None = None
+    num_cut_chars: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from b2batch.errors import ModelError
 from b2batch.models.baichuan import wide_linear
@@ -103,6 +104,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 def _from_pretrained(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, overrides: dict[str, Any]
 ) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()  # a replica's stderr is nobody's terminal
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, **overrides)
         model, report = AutoModelForCausalLM.from_pretrained(
