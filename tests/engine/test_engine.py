@@ -199,7 +199,7 @@ def test_a_stop_string_ends_the_answer(
     assert completion.finish_reason is FinishReason.STOP
     assert completion.stop_text == stop
     written = tokenizer.decode(completion.token_ids)
-    assert stop in written
+    assert written[: len(written) - completion.num_cut_chars] == text[: text.find(stop)]
     assert stop not in tokenizer.decode(completion.token_ids[:-1])  # no token too many
     assert text.startswith(written)
 
@@ -242,6 +242,17 @@ def test_min_tokens_holds_back_every_kind_of_stop(say: Callable[..., Any], loade
     assert 2 not in completion.token_ids[:7]
     early = say("好好好好好好", stop=("好",), min_tokens=3)
     assert len(early.token_ids) == max(3, len(ids))
+
+
+def test_a_stop_string_before_min_tokens_is_text(say: Callable[..., Any], loaded: LoadedOf) -> None:
+    tokenizer = loaded("b2_7b").codec.tokenizer
+    num_first = len(tokenizer.encode("a.b"))
+    unmet = say("a.bcdefg", stop=(".",), min_tokens=num_first)
+    assert (unmet.stop_text, unmet.num_cut_chars) == (None, 0)
+    assert tokenizer.decode(unmet.token_ids) == "a.bcdefg"
+    later = say("a.bcd.efg", stop=(".",), min_tokens=num_first)
+    written = tokenizer.decode(later.token_ids)
+    assert written[: len(written) - later.num_cut_chars] == "a.bcd"
 
 
 def test_max_tokens_null_fills_the_context(loaded: LoadedOf) -> None:
