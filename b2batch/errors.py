@@ -112,8 +112,6 @@ class RowFault(StrEnum):
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     SAMPLING = "SAMPLING"
     NAN = "NAN"
-    OOM = "OOM"
-    WORKER_CRASH = "WORKER_CRASH"
 
 
 class Stage(StrEnum):
@@ -123,7 +121,6 @@ class Stage(StrEnum):
     RENDER = "render"
     ENCODE = "encode"
     GENERATE = "generate"
-    CRASH = "crash"
 
 
 @dataclass(frozen=True, slots=True)
