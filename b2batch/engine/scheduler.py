@@ -8,7 +8,7 @@ sequence back to the queue; its tokens stay known and only their keys and values
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -269,9 +269,18 @@ class Scheduler:
         for start in range(0, len(new), _PREFIX_WINDOW):
             window = new[start : start + _PREFIX_WINDOW]
             lengths = shared_prefix_lengths([s.shareable for s in window])
+            groups: dict[tuple[int, ...], list[Sequence]] = defaultdict(list)
             for sequence, length in zip(window, lengths, strict=True):
-                warm = self._prefixes.longest_match(sequence.shareable)
-                sequence.prefix_tokens = warm or tuple(sequence.tokens[:length])
+                groups[tuple(sequence.tokens[:length])].append(sequence)
+            for prefix, members in groups.items():
+                self._choose_prefix(prefix, members)
+
+    def _choose_prefix(self, prefix: tuple[int, ...], members: list[Sequence]) -> None:
+        """Give ``members`` the prefix they have in common, or what is warm of it where that saves more."""
+        warm = [self._prefixes.longest_match(sequence.shareable) for sequence in members]
+        is_new_better = (len(members) - 1) * len(prefix) > sum(map(len, warm))
+        for sequence, warm_prefix in zip(members, warm, strict=True):
+            sequence.prefix_tokens = prefix if is_new_better else warm_prefix
 
     def _append_chunk(self, step: Step, sequence: Sequence, num_tokens: int) -> None:
         assert sequence.span is not None

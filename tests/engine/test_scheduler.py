@@ -168,6 +168,24 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert sum(chunk.num_tokens for chunk in without.schedule().chunks) == 8 * 51
 
 
+def test_a_short_warm_beginning_does_not_hide_a_long_new_one() -> None:
+    """Rows of a template come first; then documents under the same template, ten questions each."""
+    template, document = list(range(40)), list(range(1000, 1200))
+    scheduler = Scheduler(Limits(16, 4096, 4096))
+    first = [Sequence(f"first-{i}", 0, [*template, 100 + i], SAMPLING, 1) for i in range(4)]
+    then = [Sequence(f"then-{i}", 0, [*template, *document, 100 + i], SAMPLING, 1) for i in range(10)]
+    single = [Sequence("single", 0, [*template, 7, 7], SAMPLING, 1)]
+    num_computed = []
+    for sequences in (first, then, single):
+        for sequence in sequences:
+            scheduler.add(sequence)
+        step = scheduler.schedule()
+        num_computed.append(sum(chunk.num_tokens for chunk in step.chunks))
+        scheduler.advance(step)
+        scheduler.finish(sequences)
+    assert num_computed == [40 + 4, 240 + 10, 2]
+
+
 def test_a_long_prompt_runs_in_chunks_in_order() -> None:
     scheduler = Scheduler(Limits(4, 16, 256))
     sequence = Sequence("long", 0, list(range(40)), SAMPLING, 4)
