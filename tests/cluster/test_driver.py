@@ -84,7 +84,8 @@ def test_progress_ends_at_the_totals(run, tmp_path):
     seen = []
     totals = run(on_progress=seen.append)
     assert (committed(tmp_path), totals.counts.num_ok) == (6, 24)
-    assert (seen[-1].num_committed, seen[-1].counts, seen[-1].live.num_rows) == (6, totals.counts, 24)
+    assert (seen[-1].num_committed, seen[-1].counts) == (6, totals.counts)
+    assert seen[-1].live.num_rows >= 24, "all rows, and again those of a straggler's copy"
     assert [p.num_committed for p in seen] == sorted(p.num_committed for p in seen)
 
 
