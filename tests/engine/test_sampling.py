@@ -132,7 +132,7 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(batch=st.lists(rows(), min_size=1, max_size=5))
 def test_tokens_are_those_of_the_slow_reference(batch: list[Row]) -> None:
     for row, token in zip(batch, draw(batch), strict=True):

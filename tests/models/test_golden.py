@@ -77,7 +77,7 @@ def test_generate_writes_every_greedy_token(variant: str, golden: GoldenOf, load
     for penalty, group in groupby(reference.greedy, key=lambda case: case[0]):
         _, prompts, answers = zip(*group, strict=True)
         assert generate(model, list(prompts), repetition_penalty=penalty) == list(answers)
-        if penalty == 1.1:
+        if penalty == 1.1 and "sharded" not in variant:
             alone = [generate(model, [prompt], repetition_penalty=penalty)[0] for prompt in prompts]
             assert alone == list(answers)
 
