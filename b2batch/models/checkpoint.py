@@ -41,10 +41,8 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """The family's key in ``MODELS``; ``baichuan`` also for old files that name only the class."""
-        declared = self.config.get("model_type")
-        architectures = self.config.get("architectures") or [""]
-        return str(declared or ("baichuan" if "aichuan" in architectures[0] else "unknown"))
+        """The family's key in ``MODELS``, or transformers' own."""
+        return str(self.config.get("model_type", "unknown"))
 
     def digest(self) -> str:
         """sha256 of what makes the answers: configs, tokenizer and weights.
