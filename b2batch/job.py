@@ -88,13 +88,19 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How this start of a job is to be done; none of it changes a result."""
+    """How this start of a job is to be done; none of it changes a result.
+
+    ``forced_code`` is what the process ends with once its caller cuts the run short by an exception of
+    its own, for ``status.json``. It is asked for, since Ray turns a SystemExit raised in a signal
+    handler into one with code 1.
+    """
 
     overwrite: bool = False
     takeover: bool = False
     allow_foreign: bool = False
     on_progress: Callable[[JobProgress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
+    forced_code: Callable[[], int | None] = lambda: None
 
 
 def prepare_job(spec: JobSpec) -> PreparedJob:
@@ -304,7 +310,7 @@ class _Run:
         """Note how the run ended, unless another driver owns the status by now."""
         if isinstance(error, Fenced):
             return
-        exit_code = _exit_code(error)
+        exit_code = error.exit_code if isinstance(error, B2BatchError) else self._options.forced_code() or 1
         state = RunState.DRAINED if isinstance(error, Drained) else RunState.FAILED
         if exit_code == 3:
             state = RunState.SUCCEEDED  # every row is accounted for; the code says that too many failed
@@ -356,13 +362,6 @@ def open_output(spec: JobSpec) -> Store:
     if "{run8}" not in spec.output.path:
         return open_store(spec.output.path)
     return open_store(spec.output.path, prepare_job(spec).record.run_id)
-
-
-def _exit_code(error: BaseException) -> int:
-    """What the process ends with; a forced end (SystemExit) brings its own code."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
-    return error.exit_code if isinstance(error, B2BatchError) else 1
 
 
 def _refuse_own_output(spec: JobSpec, plan: Plan) -> None:

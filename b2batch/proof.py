@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -65,21 +64,20 @@ def _verify(
 
 
 def _rows_digest(files: Sequence[InputFile], plan: Plan, spec: InputSpec) -> RowsDigest:
-    """Digests of units read again; a unit that cannot be read has none that equals another."""
-    reader, lock = UnitReader(files, plan.schema, spec), threading.Lock()
+    """Digests of all units, read in the plan's order: a compressed file is then gone through once."""
+    with UnitReader(files, plan.schema, spec) as reader:
+        digests = {unit.index: _digest_unit(reader, unit) for unit in plan.units}
+    empty = digest_rows(())
+    return lambda unit: digests[unit.index] if unit.num_rows else empty
 
-    def digest(unit: WorkUnit) -> str:
-        if not unit.num_rows:
-            return digest_rows(())
-        try:
-            with lock:  # the reader holds one file open and goes through it in order
-                rows = reader.read(unit).rows
-        except (CallerError, IntegrityError) as error:
-            logger.warning("unit=%d: %s", unit.index, error)
-            return ""
-        return digest_rows(row.row_hash for row in rows)
 
-    return digest
+def _digest_unit(reader: UnitReader, unit: WorkUnit) -> str:
+    """The digest of a unit as it is now; one that cannot be read has none that equals another."""
+    try:
+        return digest_rows(row.row_hash for row in reader.read(unit).rows)
+    except (CallerError, IntegrityError) as error:
+        logger.warning("unit=%d: %s", unit.index, error)
+        return ""
 
 
 def _as_it_is(file: InputFile) -> InputFile:

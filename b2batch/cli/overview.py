@@ -22,6 +22,8 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
         yield "reason", shorten(view.reason, _MESSAGE_CHARS)
     counts = view.counts
     yield "rows", f"{count(counts.num_rows)}: {_shares(view)}"
+    if counts.num_length:
+        yield "", "cut answers end early (finish_reason = length): raise sampling.max_tokens"
     yield "units", f"{count(view.num_units_committed)} of {count(view.num_units)} committed"
     yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
     if view.num_replicas:

@@ -112,7 +112,7 @@ class LiveView:
         )
         self._console = console
         self._speed = Speed()
-        self._row_task: Any = self._bar.add_task("rows", total=None, details="planning")
+        self._row_task: Any = self._bar.add_task("rows", total=None, details="planning and starting")
 
     def update(self, progress: JobProgress) -> None:
         """Move the bar."""

@@ -90,7 +90,13 @@ def _drive(spec: JobSpec, options: RunOptions, verbose: bool) -> JobResult:
     console = Console(stderr=True)
     setup_logging(logging.DEBUG if verbose else logging.INFO, console=console)
     with open_view(console) as view, StopSignals(view.say) as stop:
-        return run_job(spec, replace(options, on_progress=view.update, should_stop=stop.is_asked))
+        hooked = replace(
+            options,
+            on_progress=view.update,
+            should_stop=stop.is_asked,
+            forced_code=stop.forced_code,
+        )
+        return run_job(spec, hooked)
 
 
 def _standing(spec: JobSpec, result: JobResult | None, error: B2BatchError | None) -> Overview | None:

@@ -15,19 +15,24 @@ _FORCED = 128
 class StopSignals:
     """Handles both signals while its context is open; for the main thread.
 
-    The first signal makes ``is_asked`` true and is told through ``say``. The second raises
-    SystemExit(128 + signal) in the main thread, which releases the lease on its way; the third does
-    not wait for anything.
+    The first signal makes ``is_asked`` true and is told through ``say``. The second raises SystemExit
+    in the main thread, which releases the lease on its way and leaves the context with 128 + signal;
+    the third does not wait for anything.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._num_received = 0
+        self._forced_code: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def is_asked(self) -> bool:
         """Whether a signal came."""
         return self._num_received > 0
+
+    def forced_code(self) -> int | None:
+        """The exit code of a forced end, or None."""
+        return self._forced_code
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -38,6 +43,8 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._forced_code is not None:
+            raise SystemExit(self._forced_code) from error  # Ray may have made code 1 of it
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._num_received += 1
@@ -47,6 +54,7 @@ class StopSignals:
                 "cluster.drain_grace_s, and the same command goes on later. Once more ends at once."
             )
         elif self._num_received == 2:
-            raise SystemExit(_FORCED + number)
+            self._forced_code = _FORCED + number
+            raise SystemExit(self._forced_code)
         else:
             os._exit(_FORCED + number)

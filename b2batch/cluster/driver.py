@@ -230,6 +230,7 @@ class _Driver:
         if self._drain_deadline_s is None:
             return
         if not self._dispatcher.num_leased or self._clock() >= self._drain_deadline_s:
+            self._hooks.on_progress(self._run_progress())  # what was committed while draining
             raise Drained(
                 f"stopped after {self._dispatcher.num_committed} of {self._dispatcher.num_units} units; "
                 "the same command goes on from here"

@@ -1,8 +1,13 @@
-"""A job's life by its commands, on real Ray: run, again, drift, verify, damage, too many errors."""
+"""A job's life by its commands, on real Ray: run, again, drift, verify, damage, bad rows, signals."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -54,6 +59,89 @@ def test_too_many_failed_rows_end_with_3_and_are_all_there(tmp_path: Path) -> No
     assert json.loads(ended.stderr.splitlines()[-2])["exit_code"] == 3
     statuses = [row["status"] for row in pq.read_table(tmp_path / "out").to_pylist()]
     assert statuses == ["ok", "ok", "ok", "error"]
+
+
+def test_bad_rows_are_rows_with_their_place_and_their_fault(tmp_path: Path) -> None:
+    job = write_job(tmp_path, [*ROWS, "{", '{"text": null}', "", '{"text": ""}'])
+
+    ended = b2batch("run", job)
+
+    assert ended.exit_code == 0, ended.output
+    assert "6: 3 ok, 3 errors" in ended.stdout
+    assert "1 blank line left out" in ended.stdout
+    rows = {row["row_id"]: row["error"] for row in pq.read_table(tmp_path / "out").to_pylist()}
+    assert {row_id: error["type"] for row_id, error in rows.items() if error} == {
+        "0:3": "INPUT_JSON",
+        "0:4": "PROMPT_MISSING",
+        "0:5": "PROMPT_EMPTY",
+    }
+    assert "rows.jsonl:4" in rows["0:3"]["message"] or "line 4" in rows["0:3"]["message"]
+    assert "'text' is null" in rows["0:4"]["message"]
+    assert b2batch("verify", job).exit_code == 0
+
+
+def test_an_empty_file_is_a_finished_run(tmp_path: Path) -> None:
+    job = write_job(tmp_path, [])
+
+    assert b2batch("run", job).exit_code == 0
+    assert "0: 0 ok, 0 errors" in b2batch("status", job).stdout
+    assert b2batch("verify", job).exit_code == 0
+    assert pq.read_table(tmp_path / "out").num_rows == 0
+
+
+def test_answers_that_were_cut_are_told(tmp_path: Path) -> None:
+    job = write_job(tmp_path, ROWS, sampling={"max_tokens": 1, "ignore_eos": True})
+
+    ended = b2batch("run", job)
+
+    assert "3 cut by max_tokens or the context (100 %)" in ended.stdout
+    assert "raise sampling.max_tokens" in ended.stdout
+
+
+def test_signals_stop_a_run_that_then_goes_on(tmp_path: Path) -> None:
+    sampling = {"max_tokens": 400, "ignore_eos": True}
+    job = write_job(
+        tmp_path,
+        ROWS * 10,
+        sampling=sampling,
+        engine={"max_num_seqs": 2},
+        cluster={"replicas": 1, "address": "local"},
+    )
+    output = tmp_path / "out"
+
+    ended, said = _signal_after_a_part(job, output, [signal.SIGTERM])
+    assert ended == 75, said
+    assert "SIGTERM: stopping" in said
+    drained = json.loads(said.splitlines()[-2])["run"]
+    assert (drained["state"], drained["num_units_committed"]) == ("drained", len(list(output.glob("part-*"))))
+    assert said.splitlines()[-1].startswith("error: stopped after")
+
+    first = {part.name: part.stat().st_mtime_ns for part in output.glob("part-*")}
+    ended, said = _signal_after_a_part(job, output, [signal.SIGINT, signal.SIGTERM])
+    assert ended == 143, said
+    assert json.loads(b2batch("status", output, "--json").stdout)["exit_code"] == 143
+
+    overrides = ["--set", "cluster.address=auto", "--set", "engine.max_num_seqs=64"]
+    assert b2batch("run", job, *overrides).exit_code == 0
+    parts = {part.name: part.stat().st_mtime_ns for part in output.glob("part-*")}
+    assert parts.items() >= first.items(), "what was committed was not made again"
+    assert b2batch("verify", job).exit_code == 0
+
+
+def _signal_after_a_part(job: Path, output: Path, signals: list[signal.Signals]) -> tuple[int, str]:
+    """Run ``job`` in a process of its own and signal it once it committed: its exit code and stderr."""
+    num_parts = len(list(output.glob("part-*")))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "b2batch", "run", str(job)], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline_s = time.monotonic() + 150
+    while len(list(output.glob("part-*"))) == num_parts and driver.poll() is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)  # another process works: there is nothing else to wait on
+    for number in signals:
+        driver.send_signal(number)
+    _, said = driver.communicate(timeout=120)
+    return driver.returncode, said
 
 
 def _flip_a_byte(part: Path) -> None:
