@@ -49,6 +49,28 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
     assert b2batch("verify", output).exit_code == 0
 
 
+def test_verify_reads_the_input_as_it_is_today(tmp_path: Path) -> None:
+    job, rows, output = write_job(tmp_path, ROWS), tmp_path / "rows.jsonl", tmp_path / "out"
+    assert b2batch("run", job).exit_code == 0
+
+    os.utime(rows, (1, 1))
+    assert b2batch("verify", output).exit_code == 0, "a file that was only touched has the same rows"
+
+    rows.write_text(rows.read_text(encoding="utf-8").replace("一般", "很差"), encoding="utf-8")
+    changed = b2batch("verify", output)
+    assert changed.exit_code == 4
+    assert "its rows are not those of the input rows.jsonl" in changed.stdout
+    drifted = b2batch("verify", job)
+    assert drifted.exit_code == 4
+    assert "rows.jsonl" in drifted.stderr
+
+    rows.unlink()
+    gone = b2batch("verify", output)
+    assert gone.exit_code == 2
+    assert "--no-input" in gone.stderr
+    assert b2batch("verify", output, "--no-input").exit_code == 0
+
+
 def test_too_many_failed_rows_end_with_3_and_are_all_there(tmp_path: Path) -> None:
     job = write_job(tmp_path, [*ROWS, "{"], errors={"max_error_rate": 0.0})
 
