@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from b2batch.cli import main
+
 from .command import QUICKSTART, b2batch, write_job
 
 VERBS = ("init", "validate", "plan", "preview", "run", "status", "verify", "doctor", "bench", "models")
@@ -168,3 +170,26 @@ def test_doctor_fails_where_the_output_cannot_be(tmp_path: Path, monkeypatch: py
 
     assert ended.exit_code == 1
     assert "fail" in ended.stdout
+
+
+def test_what_nobody_raised_on_purpose_ends_with_its_traceback_and_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down() -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(main, "app", break_down)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback" in said
+    assert said.splitlines()[-2] == "error: b2batch failed unexpectedly: RuntimeError: a fault of ours"
+
+
+def test_python_m_is_the_same_command() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "b2batch", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.startswith("b2batch ")
