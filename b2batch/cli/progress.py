@@ -105,11 +105,12 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+        from rich.table import Column
 
-        details = TextColumn("{task.fields[details]}")
-        self._bar = Progress(
-            SpinnerColumn(), BarColumn(30), MofNCompleteColumn(), details, console=console, transient=True
-        )
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a narrow terminal cuts this, not the rows
+        details = TextColumn("{task.fields[details]}", table_column=rest)
+        columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), details)
+        self._bar = Progress(*columns, console=console, transient=True, expand=True)
         self._console = console
         self._speed = Speed()
         self._row_task: Any = self._bar.add_task("rows", total=None, details="planning and starting")

@@ -87,6 +87,15 @@ def test_a_terminal_gets_a_bar_and_what_is_said_above_it() -> None:
     assert "[stopping]" in written.getvalue()
 
 
+def test_a_narrow_terminal_still_shows_the_rows() -> None:
+    written = io.StringIO()
+
+    with LiveView(Console(file=written, force_terminal=True, width=60)) as view:
+        view.update(progress(500))
+
+    assert "500/1000" in written.getvalue()
+
+
 def test_the_view_fits_where_it_is_shown() -> None:
     assert isinstance(open_view(Console(file=io.StringIO(), force_terminal=True)), LiveView)
     assert isinstance(open_view(Console(file=io.StringIO())), LineView)
