@@ -1,9 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:  # torch is for the tests that ask for these fixtures
+    from golden import Golden
+
+    from b2batch.models.loading import LoadedModel
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +20,23 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the reference data is not there")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden(shared_dir: Path) -> Callable[[str], Golden]:
+    """The reference data of a variant."""
+    from golden import Golden
+
+    return cache(lambda variant: Golden.read(shared_dir, variant))
+
+
+@pytest.fixture(scope="session")
+def plain(golden: Callable[[str], Golden]) -> Callable[[str], LoadedModel]:
+    """A variant's checkpoint for plain forward passes, loaded once a session.
+
+    Not to be given to an engine, which changes its model's attention.
+    """
+    return cache(lambda variant: golden(variant).load())
 
 
 @pytest.fixture(scope="session")

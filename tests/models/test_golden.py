@@ -37,23 +37,23 @@ def generate(model: Any, prompts: list[list[int]], **options: Any) -> list[list[
 
 
 @every_variant
-def test_the_variant_is_told_from_the_config(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
+def test_the_variant_is_told_from_the_config(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
     meta = golden(variant).expected["meta"]
-    assert loaded(variant).model.config.position == meta["position"]
-    assert loaded(variant).model.config.norm_head is meta["norm_head"]
+    assert plain(variant).model.config.position == meta["position"]
+    assert plain(variant).model.config.norm_head is meta["norm_head"]
 
 
 @every_variant
-def test_logits_equal_upstreams(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, model = golden(variant), loaded(variant).model
+def test_logits_equal_upstreams(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, model = golden(variant), plain(variant).model
     for i, prompt in enumerate(reference.prompts):
         logits = forward(model, prompt).numpy()[reference.arrays[f"positions_{i}"]]
         np.testing.assert_allclose(logits, reference.arrays[f"logits_{i}"], rtol=0, atol=LOGIT_TOLERANCE)
 
 
 @every_variant
-def test_hidden_states_and_cache_equal_upstreams(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, model = golden(variant), loaded(variant).model
+def test_hidden_states_and_cache_equal_upstreams(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, model = golden(variant), plain(variant).model
     hidden: list[torch.Tensor] = []
     inner = model.model
     parts = [inner.embed_tokens, *inner.layers[:-1], inner.norm]
@@ -71,9 +71,9 @@ def test_hidden_states_and_cache_equal_upstreams(variant: str, golden: GoldenOf,
 
 
 @every_variant
-def test_generate_writes_every_greedy_token(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
+def test_generate_writes_every_greedy_token(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
     """All prompts in one left-padded batch a penalty, and those of one penalty alone."""
-    reference, model = golden(variant), loaded(variant).model
+    reference, model = golden(variant), plain(variant).model
     for penalty, group in groupby(reference.greedy, key=lambda case: case[0]):
         _, prompts, answers = zip(*group, strict=True)
         assert generate(model, list(prompts), repetition_penalty=penalty) == list(answers)
@@ -83,16 +83,16 @@ def test_generate_writes_every_greedy_token(variant: str, golden: GoldenOf, load
 
 
 @every_variant
-def test_generate_on_left_padded_batches(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, model = golden(variant), loaded(variant).model
+def test_generate_on_left_padded_batches(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, model = golden(variant), plain(variant).model
     for batch in reference.expected["greedy_batch"]:
         prompts = [reference.prompts[i] for i in batch["prompts"]]
         assert generate(model, prompts, repetition_penalty=batch["repetition_penalty"]) == batch["tokens"]
 
 
 @every_variant
-def test_padding_does_not_move_the_logits(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, model = golden(variant), loaded(variant).model
+def test_padding_does_not_move_the_logits(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, model = golden(variant), plain(variant).model
     members = [0, 2, 3, 4, 5]
     prompts = [reference.prompts[i] for i in members]
     width = max(map(len, prompts))
@@ -105,16 +105,16 @@ def test_padding_does_not_move_the_logits(variant: str, golden: GoldenOf, loaded
 
 
 @every_variant
-def test_custom_end_tokens(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, model = golden(variant), loaded(variant).model
+def test_custom_end_tokens(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, model = golden(variant), plain(variant).model
     for case in reference.expected["greedy_custom_eos"]:
         prompt, ends = reference.prompts[case["prompt"]], case["eos_token_id"]
         assert generate(model, [prompt], eos_token_id=ends, repetition_penalty=1.0) == [case["tokens"]]
 
 
 @every_variant
-def test_a_chat_answers_as_upstream(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
-    reference, (model, codec) = golden(variant), (loaded(variant).model, loaded(variant).codec)
+def test_a_chat_answers_as_upstream(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
+    reference, (model, codec) = golden(variant), (plain(variant).model, plain(variant).codec)
     assert (codec.chat is None) is (variant == "b1_7b")  # the one without role tokens
     for case in reference.expected.get("chat_greedy", []):
         assert codec.chat is not None
@@ -125,12 +125,12 @@ def test_a_chat_answers_as_upstream(variant: str, golden: GoldenOf, loaded: Load
 
 
 @every_variant
-def test_sampling_distributions(variant: str, golden: GoldenOf, loaded: LoadedOf) -> None:
+def test_sampling_distributions(variant: str, golden: GoldenOf, plain: LoadedOf) -> None:
     """Penalty → temperature → top_k → top_p → softmax gives upstream's next-token distribution."""
     reference = golden(variant)
     for index, group in groupby(reference.expected["sampling"], key=lambda case: case["prompt"]):
         prompt = reference.prompts[index]
-        logits = forward(loaded(variant).model, prompt)[-1]
+        logits = forward(plain(variant).model, prompt)[-1]
         for case in group:
             settings = {k: case[k] for k in ("temperature", "top_k", "top_p", "repetition_penalty")}
             ids, probabilities = next_token(logits, prompt, SamplingSpec(**settings))
