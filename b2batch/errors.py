@@ -11,6 +11,8 @@ B2BatchError                 1    failed, resumable: the same command again goes
 │   └── DriftError                input or spec changed under an existing output
 ├── ClusterError             1    replicas could not be had or kept
 ├── UnitFailed               1    a unit of rows failed on every attempt
+├── StorageError             1    the output's store failed or refuses; trying again may help
+│   └── StorageFull               no space is left there
 ├── MeasurementFailed        1    a benchmark's process ended without a result
 ├── Fenced                   1    another driver took over this run
 ├── Drained                 75    stopped cleanly; requeue
@@ -75,6 +77,14 @@ class ClusterError(B2BatchError):
 
 class UnitFailed(B2BatchError):
     """A unit failed by an error, not a row's, as often as it may be tried."""
+
+
+class StorageError(B2BatchError, OSError):
+    """The output's store failed, cannot be reached, or refuses: nothing torn is visible, try again later."""
+
+
+class StorageFull(StorageError):
+    """No space, or no quota, is left in the output's store; it may be given some."""
 
 
 class MeasurementFailed(B2BatchError):

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from b2batch.encoding import RowEncoder
-from b2batch.errors import B2BatchError, Drained, Fenced, InputError
+from b2batch.errors import B2BatchError, Drained, Fenced, InputError, StorageError
 from b2batch.inputs.plan import Plan, make_plan
 from b2batch.inputs.prompts import PromptRenderer
 from b2batch.inputs.schema import check_columns
@@ -114,7 +114,7 @@ def prepare_job(spec: JobSpec) -> PreparedJob:
     encoder = RowEncoder(spec, codec, checkpoint.generation_config)
     plan = make_plan(spec.input)
     _refuse_own_output(spec, plan)
-    schema = check_schema(spec, plan.schema)
+    schema = check_schema(spec, plan.schema, checkpoint)
     record = RunRecord.make(
         spec,
         plan_digest=plan.digest,
@@ -126,18 +126,24 @@ def prepare_job(spec: JobSpec) -> PreparedJob:
     return PreparedJob(spec, checkpoint, codec, encoder, plan, schema, record)
 
 
-def check_schema(spec: JobSpec, input_schema: pa.Schema) -> pa.Schema:
+def check_schema(spec: JobSpec, input_schema: pa.Schema, checkpoint: Checkpoint) -> pa.Schema:
     """The output's schema, once every column that the spec names was found in the input.
 
     Raises:
         SpecError: a column is missing, or collides with one of b2batch's own.
     """
-    PromptRenderer(spec.prompt).check_columns(input_schema)
+    PromptRenderer.of(spec).check_columns(input_schema)
+    if spec.score.column is not None:
+        check_columns(input_schema, [spec.score.column], "score.column")
     if spec.input.key is not None:
         check_columns(input_schema, [spec.input.key], "input.key")
     if spec.input.sampling_column is not None:
         check_columns(input_schema, [spec.input.sampling_column], "input.sampling_column")
-    return output_schema(input_schema, spec)
+    return output_schema(input_schema, spec, _hidden_size(checkpoint))
+
+
+def _hidden_size(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.config.get("text_config", checkpoint.config).get("hidden_size", 0))
 
 
 def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
@@ -304,7 +310,14 @@ class _Run:
         now_s = time.monotonic()
         if now_s >= self._next_status_s:
             self._next_status_s = now_s + _STATUS_INTERVAL_S
+            self._write_running()
+
+    def _write_running(self) -> None:
+        """Tell how far it is. A store that fails ends the run where a part cannot be committed, not here."""
+        try:
             self._write_status(RunState.RUNNING)
+        except StorageError as error:
+            logger.warning("the status could not be written: %s", error)
 
     def _write_end(self, error: BaseException) -> None:
         """Note how the run ended, unless another driver owns the status by now."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from b2batch.errors import IntegrityError
-from b2batch.outputs.store import Store
+from b2batch.errors import IntegrityError, StorageError
+from b2batch.outputs.store import Store, storage_error
 from b2batch.rows import UnitCounts, WorkUnit
 
 FOOTER_KEY = b"b2batch"
@@ -77,7 +77,11 @@ def read_footer(source: bytes | BinaryIO, name: str = "part") -> PartFooter:
         footer = PartFooter.from_bytes((metadata.metadata or {})[FOOTER_KEY])
     except KeyError:
         raise IntegrityError(f"{name} was not written by b2batch: its footer says nothing of it") from None
+    except StorageError:
+        raise
     except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        if isinstance(error, OSError) and error.errno is not None:  # a disk's words, not pyarrow's
+            raise storage_error(name, error) from error
         raise IntegrityError(f"{name} is damaged: {error}") from error
     if metadata.num_rows != footer.num_rows:
         raise IntegrityError(f"{name} has {metadata.num_rows} rows, its footer says {footer.num_rows}")

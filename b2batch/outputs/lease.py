@@ -2,13 +2,15 @@
 
 An epoch is taken by creating its file exclusively. Its holder rewrites the heartbeat; whoever finds the
 heartbeat older than the TTL, released, or left by a process that is gone from this very host, may take
-the next epoch. Ages come from the store's clock, never from two hosts' clocks. The lease saves work,
-it does not guard rows: two drivers past an expired lease are kept apart by the exclusive creation of parts.
+the next epoch. Ages come from the store's clock, never from two hosts' clocks; where that clock may have
+jumped, the heartbeat is watched instead. The lease saves work, it does not guard rows: two drivers past an
+expired lease are kept apart by the exclusive creation of parts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from b2batch.errors import Fenced, IntegrityError, RunLocked
+from b2batch.errors import Fenced, IntegrityError, RunLocked, StorageError
 from b2batch.failpoints import failpoint
 from b2batch.outputs.document import encode_document, read_document
 from b2batch.outputs.layout import RunKeys
@@ -26,6 +28,10 @@ from b2batch.outputs.store import Store
 
 LEASE_TTL_S = 60.0
 BEAT_INTERVAL_S = 10.0
+_WATCH_S = 1.5 * BEAT_INTERVAL_S
+_WATCH_POLL_S = 0.5
+_BEAT_RETRY_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,13 @@ class Owner:
             return False
         return _pid_start(self.pid) != self.pid_start
 
+    @property
+    def can_beat(self) -> bool:
+        """Whether this host can tell for certain that the process is there, another one, and not stopped."""
+        if not self.host_id or self.host_id != _host_id() or self.pid == os.getpid():
+            return False
+        return _pid_start(self.pid, but="ZXTt") == self.pid_start
+
     def __str__(self) -> str:
         job = f", job {self.job_id}" if self.job_id else ""
         return f"pid {self.pid} on {self.host}{job}, started {self.started}"
@@ -79,14 +92,24 @@ class Epoch:
         self._keys = RunKeys(run8)
         self._clock = clock
         self._next_beat_s = clock()
+        self._num_beats = 0
 
     def beat(self) -> None:
-        """Renew the lease; writes at most once in BEAT_INTERVAL_S."""
+        """Renew the lease; writes at most once in BEAT_INTERVAL_S.
+
+        A store that fails is warned about and tried again soon: whether the run can go on without it is
+        not the lease's to decide, and a lease that runs out meanwhile costs work, never a row.
+        """
         if self._clock() < self._next_beat_s:
             return
-        self.check_not_fenced()
-        self._write_heartbeat(released=False)
-        self._next_beat_s = self._clock() + BEAT_INTERVAL_S
+        try:
+            self.check_not_fenced()
+            self._write_heartbeat(released=False)
+        except StorageError as error:
+            _log.warning("epoch %d could not renew its lease: %s", self.number, error)
+            self._next_beat_s = self._clock() + _BEAT_RETRY_S
+        else:
+            self._next_beat_s = self._clock() + BEAT_INTERVAL_S
 
     def check_not_fenced(self) -> None:
         """Raise Fenced when another driver took the run over, or replaced it."""
@@ -97,7 +120,7 @@ class Epoch:
 
     def close(self) -> None:
         """Give the lease back; the next driver need not wait. May be called again."""
-        with contextlib.suppress(Fenced):  # then it is another driver's already
+        with contextlib.suppress(Fenced, StorageError):  # another driver's already, or it will run out
             self.check_not_fenced()
             self._write_heartbeat(released=True)
 
@@ -110,7 +133,8 @@ class Epoch:
         self.close()
 
     def _write_heartbeat(self, released: bool) -> None:
-        document = {"epoch": self.number, "released": released}
+        self._num_beats += 1
+        document = {"epoch": self.number, "released": released, "beat": self._num_beats}
         self._store.put(self._keys.heartbeat, encode_document(document))
 
 
@@ -150,19 +174,39 @@ def _newest_epoch(store: Store, run8: str) -> int:
 def _refuse_live_lease(store: Store, run8: str, number: int) -> None:
     keys = RunKeys(run8)
     owner = _read_owner(store, run8, number)
-    ages_s = [store.age_s(keys.epoch(number))]
     heartbeat = _read_heartbeat(store, keys)
-    if heartbeat.get("epoch") == number:
-        if heartbeat.get("released"):
-            return
-        ages_s.append(store.age_s(keys.heartbeat))
-    if owner.is_gone or min(ages_s) > LEASE_TTL_S:
+    is_own = heartbeat.get("epoch") == number
+    if (is_own and heartbeat.get("released")) or owner.is_gone:
+        return
+    written = [keys.epoch(number), keys.heartbeat] if is_own else [keys.epoch(number)]
+    age_s = min(store.age_s(key) for key in written)
+    if _is_over(store, keys, owner, age_s):
         return
     raise RunLocked(
         f"{store.uri}: run {run8} is being worked on by epoch {number}: {owner}; last heartbeat "
-        f"{min(ages_s):.0f} s ago, the lease ends {LEASE_TTL_S:.0f} s after the last one. "
+        f"{max(0.0, age_s):.0f} s ago, the lease ends {LEASE_TTL_S:.0f} s after the last one. "
         "If that driver is surely dead, --takeover does not wait."
     )
+
+
+def _is_over(store: Store, keys: RunKeys, owner: Owner, age_s: float) -> bool:
+    """Whether the lease ran out, also where the clock that tells its age was set meanwhile."""
+    if abs(age_s) <= LEASE_TTL_S:
+        return False
+    if age_s > 0 and not owner.can_beat:
+        return True
+    # Its process is at work, or its last beat lies in the future: the clock jumped, or the driver hangs.
+    return not _beats_on(store, keys)
+
+
+def _beats_on(store: Store, keys: RunKeys) -> bool:
+    """Whether the heartbeat changes within one and a half intervals of this process's own clock."""
+    first, deadline_s = _read_heartbeat(store, keys), time.monotonic() + _WATCH_S
+    while time.monotonic() < deadline_s:
+        time.sleep(_WATCH_POLL_S)
+        if _read_heartbeat(store, keys) != first:
+            return True
+    return False
 
 
 def _read_owner(store: Store, run8: str, number: int) -> Owner:
@@ -199,11 +243,14 @@ def _host_id() -> str:
         return ""
 
 
-def _pid_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None when it has ended, reaped or not."""
+def _pid_start(pid: int, but: str = "ZX") -> str | None:
+    """When a process started, in clock ticks since boot; None when it has ended, reaped or not.
+
+    ``but`` are the states of ``proc(5)`` in which it does not count as there.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
+    return None if state in but else fields[18]

@@ -185,15 +185,22 @@ def _record(result: ResultRow) -> dict[str, Any]:
             "finish_reason": FinishReason.ERROR.value,
             "error": _error_value(result.failure),
         }
-    answer = generation.samples[0]
     return {
         "row_id": result.row_id,
         "status": "ok",
-        "generated_text": answer.text,
-        "finish_reason": answer.finish_reason.value,
         "num_input_tokens": generation.num_input_tokens,
         "num_generated_tokens": generation.num_generated_tokens,
         "prompt_truncated": generation.prompt_truncated,
+        **(_text_columns(generation) if generation.samples else {}),
+        **generation.columns,
+    }
+
+
+def _text_columns(generation: Generation) -> dict[str, Any]:
+    answer = generation.samples[0]
+    return {
+        "generated_text": answer.text,
+        "finish_reason": answer.finish_reason.value,
         "samples": _samples_value(generation),
         "logprobs": _logprobs_value(answer),
     }

@@ -27,32 +27,58 @@ _LOGPROBS = pa.list_(
 _SAMPLES = pa.list_(
     pa.struct({"text": pa.string(), "finish_reason": pa.string(), "num_generated_tokens": pa.int32()})
 )
+_CLASSIFIED = {
+    "label": pa.string(),
+    "label_score": pa.float64(),
+    "label_probs": pa.map_(pa.string(), pa.float64()),
+    "label_margin": pa.float64(),
+    "label_entropy": pa.float64(),
+}
+_SCORED = {
+    "loglikelihood": pa.float64(),
+    "num_scored_tokens": pa.int32(),
+    "is_greedy": pa.bool_(),
+    "perplexity": pa.float64(),
+}
 _ERROR = pa.struct(
     {"type": pa.string(), "message": pa.string(), "stage": pa.string(), "attempts": pa.int32()}
 )
 
 
-def own_columns(spec: JobSpec) -> dict[str, pa.DataType]:
+def own_columns(spec: JobSpec, hidden_size: int = 0) -> dict[str, pa.DataType]:
     """b2batch's own columns of a job, by their names without the prefix, in output order."""
-    columns = {
-        "row_id": pa.string(),
-        "status": pa.string(),
-        "generated_text": pa.string(),
-        "finish_reason": pa.string(),
-        "num_input_tokens": pa.int32(),
-        "num_generated_tokens": pa.int32(),
-    }
+    columns = {"row_id": pa.string(), "status": pa.string()}
+    if spec.task == "generate":
+        columns |= {"generated_text": pa.string(), "finish_reason": pa.string()}
+    columns["num_input_tokens"] = pa.int32()
+    if spec.task == "generate":
+        columns["num_generated_tokens"] = pa.int32()
     if spec.prompt.on_too_long != "error":
         columns["prompt_truncated"] = pa.bool_()
+    return {**columns, **_task_columns(spec, hidden_size), "error": _ERROR}
+
+
+def _task_columns(spec: JobSpec, hidden_size: int) -> dict[str, pa.DataType]:
+    """The columns that only this task has."""
+    if spec.task == "embed":
+        return {"embedding": pa.list_(pa.float32(), hidden_size)}
+    if spec.task == "score":
+        return dict(_SCORED)
+    columns: dict[str, pa.DataType] = {}
+    if spec.task == "classify":
+        columns |= _CLASSIFIED
+        if spec.classify.threshold is not None:
+            columns["labels"] = pa.list_(pa.string())
+        return columns
     if spec.sampling.n > 1:
         columns["samples"] = _SAMPLES
     if spec.sampling.logprobs is not None:
         columns["logprobs"] = _LOGPROBS
-    return {**columns, "error": _ERROR}
+    return columns
 
 
-def output_schema(input_schema: pa.Schema, spec: JobSpec) -> pa.Schema:
-    """The schema of every part of a job.
+def output_schema(input_schema: pa.Schema, spec: JobSpec, hidden_size: int = 0) -> pa.Schema:
+    """The schema of every part of a job. ``hidden_size`` is the model's, the length of an embedding.
 
     Carried columns are nullable, since a record that cannot be read has none of them, and lose the
     input's metadata, which describes another table.
@@ -65,7 +91,7 @@ def output_schema(input_schema: pa.Schema, spec: JobSpec) -> pa.Schema:
     prefix = spec.output.prefix or ""
     own = [
         pa.field(prefix + name, type_, metadata={_OWN: name.encode()})
-        for name, type_ in own_columns(spec).items()
+        for name, type_ in own_columns(spec, hidden_size).items()
     ]
     taken = {field.name for field in own}
     for field in carried:

@@ -16,25 +16,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from b2batch.errors import Fenced, OutputError
+from b2batch.errors import Fenced, OutputError, StorageError, StorageFull
 from b2batch.failpoints import failpoint
 from b2batch.outputs.layout import META, RunKeys
 from b2batch.spec import resolve_env
 
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _RMTREE_TRIES = 5
+_SCRATCH_MODE = 0o700
 
 
 class Store(Protocol):
-    """Keys (``/``-separated, relative) to bytes. Missing keys raise FileNotFoundError."""
+    """Keys (``/``-separated, relative) to bytes.
+
+    Missing keys raise FileNotFoundError; what else fails, and may pass, raises StorageError.
+    """
 
     uri: str
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Create ``key`` whole and durably; False, and nothing changed, when it exists.
 
-        An OSError leaves it open whether the object was created: whoever retries must expect False.
+        A StorageError leaves it open whether the object was created: whoever retries must expect False.
         """
 
     def put(self, key: str, data: bytes) -> None:
@@ -59,7 +64,10 @@ class Store(Protocol):
         """Remove everything under ``key/``, and the directory itself where the store has such."""
 
     def age_s(self, key: str) -> float:
-        """Seconds since ``key`` was last written, both ends read from the store's own clock."""
+        """Seconds since ``key`` was last written, both ends read from the store's own clock.
+
+        Negative where that clock was set back since.
+        """
 
     def probe(self) -> None:
         """Make the place ready for a driver's writes, and prove that a second creation is refused.
@@ -74,6 +82,25 @@ def check_key(key: str) -> None:
     parts = key.split("/")
     if not key or "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise OutputError(f"{key!r} is not a name inside the output directory")
+
+
+def storage_error(place: str, error: OSError) -> StorageError:
+    """What the operating system says of ``place`` as the error that dispatch and the command line know."""
+    kind = StorageFull if error.errno in _NO_SPACE else StorageError
+    fault = kind(f"{place}: {error.strerror or error}")
+    fault.errno, fault.filename2 = error.errno, error.filename2
+    return fault
+
+
+@contextlib.contextmanager
+def _named_faults(place: str) -> Iterator[None]:
+    """Let what is said of names pass (missing, taken); anything else that fails is the storage's fault."""
+    try:
+        yield
+    except (StorageError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise storage_error(place, error) from error
 
 
 def prove_exclusive_creation(store: Store) -> None:
@@ -109,56 +136,67 @@ class LocalStore:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Stage, fsync, link; Fenced when the staging directory is gone."""
         target = self._path(key)
-        staged = self._stage(data)
-        try:
-            failpoint("F8")
-            _make_directory(target.parent)
-            os.link(staged, target)
-        except FileExistsError:
-            return staged.stat().st_nlink > 1  # NFS: the link was made, only its reply was lost
-        except FileNotFoundError:
-            raise self._fenced() from None
-        finally:
-            staged.unlink(missing_ok=True)
-        failpoint("F9")
-        _fsync_directory(target.parent)
+        with _named_faults(str(target)):
+            staged = self._stage(data)
+            try:
+                failpoint("F8")
+                _make_directory(target.parent)
+                os.link(staged, target)
+            except FileExistsError:
+                return staged.stat().st_nlink > 1  # NFS: the link was made, only its reply was lost
+            except FileNotFoundError:
+                raise self._fenced() from None
+            finally:
+                staged.unlink(missing_ok=True)
+            failpoint("F9")
+            _fsync_directory(target.parent)
         return True
 
     def put(self, key: str, data: bytes) -> None:
         """Stage, fsync, rename; Fenced when the staging directory is gone."""
         target = self._path(key)
-        staged = self._stage(data)
-        try:
-            _make_directory(target.parent)
-            os.replace(staged, target)
-        except FileNotFoundError:
-            raise self._fenced() from None
-        finally:
-            staged.unlink(missing_ok=True)
-        _fsync_directory(target.parent)
+        with _named_faults(str(target)):
+            staged = self._stage(data)
+            try:
+                _make_directory(target.parent)
+                os.replace(staged, target)
+            except FileNotFoundError:
+                raise self._fenced() from None
+            finally:
+                staged.unlink(missing_ok=True)
+            _fsync_directory(target.parent)
 
     def read(self, key: str) -> bytes:
         """All bytes of the file."""
-        return self._path(key).read_bytes()
+        path = self._path(key)
+        with _named_faults(str(path)):
+            return path.read_bytes()
 
     def open(self, key: str) -> BinaryIO:
         """The file itself; the caller closes it."""
-        return self._path(key).open("rb")
+        path = self._path(key)
+        with _named_faults(str(path)):
+            return path.open("rb")
 
     def exists(self, key: str) -> bool:
         """Whether a file (not a directory) stands there."""
-        return self._path(key).is_file()
+        path = self._path(key)
+        with _named_faults(str(path)):
+            return path.is_file()
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Files in name order; links to directories are listed, not followed."""
         directory, _, start = prefix.rpartition("/")
         if directory:
             check_key(directory)
-        yield from self._list(directory, start)
+        with _named_faults(f"{self.uri}/{directory}"):
+            yield from self._list(directory, start)
 
     def delete(self, key: str) -> None:
         """Remove the file; its directory stays."""
-        self._path(key).unlink(missing_ok=True)
+        path = self._path(key)
+        with _named_faults(str(path)):
+            path.unlink(missing_ok=True)
 
     def delete_tree(self, key: str) -> None:
         """Remove the directory, also while strays still write into it."""
@@ -172,33 +210,37 @@ class LocalStore:
                     return
             except OSError as error:  # a stray put a file there while its directory was being emptied
                 if error.errno != errno.ENOTEMPTY or not tries_left:
-                    raise
+                    raise storage_error(str(path), error) from error
 
     def age_s(self, key: str) -> float:
         """The file's time against that of a file made just now."""
-        written = self._path(key).stat().st_mtime
-        # A fresh file's time comes from whoever keeps the clock of this file system (NFS: the server).
-        staged = self._stage(b"")
-        now = staged.stat().st_mtime
-        staged.unlink(missing_ok=True)
-        return max(0.0, now - written)
+        path = self._path(key)
+        with _named_faults(str(path)):
+            written = path.stat().st_mtime
+            # A fresh file's time comes from whoever keeps the clock of this file system (NFS: the server).
+            staged = self._stage(b"")
+            now = staged.stat().st_mtime
+            staged.unlink(missing_ok=True)
+        return now - written
 
     def probe(self) -> None:
         """Make the directory and its staging directory, and try what commits rest on."""
+        staging = self._staging_path()
         try:
-            _make_directory(self._staging_path())
+            _make_directory(staging.parent)
+            _make_directory(staging, _SCRATCH_MODE)
             prove_exclusive_creation(self)
         except NotADirectoryError as error:
             raise OutputError(f"{self.uri}: not a directory ({error})") from error
         except OSError as error:
             if error.filename2 is not None and error.errno in _NO_HARD_LINKS:
                 raise OutputError(
-                    f"{self.uri}: this file system has no hard links ({error.strerror}), "
+                    f"{self.uri}: this file system has no hard links ({os.strerror(error.errno)}), "
                     "so a part cannot be created exclusively; choose a local disk or NFS"
                 ) from error
             if error.errno in _NOT_WRITABLE:
-                raise OutputError(f"{self.uri} cannot be written: {error.strerror}") from error
-            raise
+                raise OutputError(f"{self.uri} cannot be written: {os.strerror(error.errno)}") from error
+            raise error if isinstance(error, StorageError) else storage_error(self.uri, error) from error
 
     def _path(self, key: str) -> Path:
         check_key(key)
@@ -274,13 +316,13 @@ def open_store(uri: str, run_id: str | None = None) -> Store:
     return LocalStore(text, RunKeys(run_id[:8]).staging if run_id else None)
 
 
-def _make_directory(path: Path) -> None:
+def _make_directory(path: Path, mode: int = 0o775) -> None:
     """``path`` and its parents, never world-writable, each made durable in the one above."""
     if path.is_dir():
         return
     _make_directory(path.parent)
     with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o775)
+        path.mkdir(mode=mode)
         _fsync_directory(path.parent)
 
 

@@ -6,10 +6,11 @@ import io
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from b2batch.errors import StorageError
 from b2batch.outputs.store import prove_exclusive_creation
 
 
-class LostReplyError(OSError):
+class LostReplyError(StorageError):
     """The write happened; whoever asked for it does not know."""
 
 

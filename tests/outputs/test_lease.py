@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from b2batch.errors import Fenced, RunLocked
+from b2batch.errors import Fenced, RunLocked, StorageFull
 from b2batch.outputs.layout import RunKeys
 from b2batch.outputs.lease import BEAT_INTERVAL_S, LEASE_TTL_S, Epoch, take_epoch
 from b2batch.outputs.store import LocalStore
@@ -147,6 +150,89 @@ def test_dead_process_on_this_host_frees_the_lease_at_once(tmp_path: Path) -> No
         holder.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped by us yet
         assert take_epoch(store, RUN8).number == 2
+
+
+@pytest.fixture
+def other_process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def _held_by(memory: MemoryStore, process: subprocess.Popen[bytes]) -> Epoch:
+    epoch = take_epoch(memory, RUN8)
+    owner = json.loads(memory.read(KEYS.epoch(1)))
+    start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    memory.put(KEYS.epoch(1), json.dumps({**owner, "pid": process.pid, "pid_start": start}).encode())
+    return epoch
+
+
+@pytest.mark.parametrize("jump_s", [86_400.0, -86_400.0])
+def test_clock_that_jumps_does_not_end_a_lease_that_beats(
+    memory: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    other_process: subprocess.Popen[bytes],
+    jump_s: float,
+) -> None:
+    _held_by(memory, other_process)
+    memory.now_s += jump_s
+    beats = itertools.count(2)
+
+    def the_other_beats(seconds: float) -> None:
+        memory.objects[KEYS.heartbeat] = json.dumps({"epoch": 1, "beat": next(beats)}).encode()
+
+    monkeypatch.setattr(time, "sleep", the_other_beats)
+    with pytest.raises(RunLocked):
+        take_epoch(memory, RUN8)
+
+
+@pytest.mark.parametrize("jump_s", [86_400.0, -86_400.0])
+def test_clock_that_jumps_does_not_keep_a_lease_that_beats_no_more(
+    memory: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    other_process: subprocess.Popen[bytes],
+    jump_s: float,
+) -> None:
+    first = _held_by(memory, other_process)
+    memory.now_s += jump_s
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert take_epoch(memory, RUN8).number == 2
+    with pytest.raises(Fenced):
+        first.check_not_fenced()
+
+
+def test_stopped_driver_is_replaced_after_the_ttl_and_fenced_when_it_goes_on(
+    memory: MemoryStore, other_process: subprocess.Popen[bytes]
+) -> None:
+    stopped = _held_by(memory, other_process)
+    other_process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, other_process.pid, os.WSTOPPED | os.WNOWAIT)
+    with pytest.raises(RunLocked):
+        take_epoch(memory, RUN8)
+    memory.now_s += LEASE_TTL_S + 1
+    assert take_epoch(memory, RUN8).number == 2
+    with pytest.raises(Fenced, match="epoch 2 took it over"):
+        stopped.check_not_fenced()
+
+
+def test_store_that_fails_does_not_end_the_lease(
+    memory: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_epoch(memory, RUN8)
+    epoch = Epoch(memory, RUN8, 1, clock=lambda: memory.now_s)
+
+    def full(key: str, data: bytes) -> None:
+        raise StorageFull("no space left")
+
+    memory.put = full  # type: ignore[method-assign]
+    epoch.beat()
+    assert "no space left" in caplog.text
+    del memory.put  # type: ignore[method-assign]
+    memory.now_s += 3
+    epoch.beat()
+    assert memory.written_s[KEYS.heartbeat] == memory.now_s
 
 
 def test_pid_of_another_host_says_nothing(memory: MemoryStore) -> None:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from b2batch.errors import Fenced, OutputError
+from b2batch.errors import Fenced, OutputError, StorageError, StorageFull
 from b2batch.outputs.store import LocalStore, open_store, prove_exclusive_creation
 
 from .memory_store import MemoryStore
@@ -135,7 +137,7 @@ def test_full_disk_leaves_nothing_behind(store: LocalStore, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as raised:
+    with pytest.raises(StorageFull, match="No space left") as raised:
         store.put_if_absent("a", b"data")
     assert raised.value.errno == errno.ENOSPC
     assert list(store.list("")) == []
@@ -158,6 +160,59 @@ def test_preflight_says_why_a_place_cannot_be_used(
     monkeypatch.setattr(os, function, refuse)
     with pytest.raises(OutputError, match=message):
         LocalStore(tmp_path / "out", STAGING).probe()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_disk_that_fills_up_takes_the_next_part_once_there_is_room(small_disk: Path) -> None:
+    store = LocalStore(small_disk / "out", STAGING)
+    store.probe()
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (700 << 10))
+    with pytest.raises(StorageFull, match="No space left"):
+        store.put_if_absent("part-1", b"y" * (600 << 10))
+    with pytest.raises(StorageFull):
+        store.put("status", b"y" * (600 << 10))
+    assert list(store.list("")) == [], "nothing torn, staged or visible"
+    ballast.unlink()
+    assert store.put_if_absent("part-1", b"y" * (600 << 10))
+
+
+def test_preflight_on_a_full_disk_can_be_tried_again(small_disk: Path) -> None:
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb") as ballast:
+        ballast.write(b"x" * (2 << 20))
+    with pytest.raises(StorageFull) as raised:
+        LocalStore(small_disk / "out", STAGING).probe()
+    assert raised.value.exit_code == 1
+
+
+def test_preflight_on_a_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OutputError, match="Read-only") as raised:
+        LocalStore(small_disk / "out", STAGING).probe()
+    assert raised.value.exit_code == 2
+
+
+def test_refused_after_preflight_it_is_the_storages_fault(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError, match=r"out/a: Permission denied") as raised:
+        store.put_if_absent("a", b"")
+    assert raised.value.exit_code == 1
 
 
 def test_preflight_on_a_file(tmp_path: Path) -> None:
@@ -194,8 +249,9 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int, file_mode: int, dire
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out/d/a").stat().st_mode) == file_mode
-    for directory in ("out", "out/d", f"out/{STAGING}"):
+    for directory in ("out", "out/d", "out/__b2batch"):
         assert stat.S_IMODE((tmp_path / directory).stat().st_mode) == directory_mode
+    assert stat.S_IMODE((tmp_path / "out" / STAGING).stat().st_mode) == 0o700
 
 
 def test_directories_are_never_world_writable(tmp_path: Path) -> None:
