@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 import pyarrow as pa
 from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from b2batch.errors import RowError, RowFault, SpecError, Stage
+from b2batch.inputs.sandbox import PromptEnvironment, generate
 from b2batch.inputs.schema import check_columns
 from b2batch.inputs.strict_json import json_type, shown
-from b2batch.spec import PromptSpec
+from b2batch.spec import JobSpec, PromptSpec
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_PROMPT_BYTES = 4 << 20
@@ -45,12 +45,19 @@ class Prompt:
 class PromptRenderer:
     """Renders rows by a job's ``prompt`` section; templates are compiled once.
 
+    ``constants`` are names that templates may use beside the row's columns. With ``allow_empty`` a
+    prompt may say nothing.
+
     Raises:
         SpecError: a template has a syntax error, is too long, or includes another.
     """
 
-    def __init__(self, spec: PromptSpec) -> None:
+    def __init__(
+        self, spec: PromptSpec, *, constants: Mapping[str, Any] | None = None, allow_empty: bool = False
+    ) -> None:
         self._spec = spec
+        self._constants = constants or {}
+        self._allow_empty = allow_empty
         self._examples = tuple(
             ChatMessage(role, content)
             for example in spec.examples
@@ -63,6 +70,13 @@ class PromptRenderer:
             for i, message in enumerate(spec.messages or ())
         ]
 
+    @classmethod
+    def of(cls, spec: JobSpec) -> Self:
+        """The renderer of a job. Templates know the labels of a classification by the name ``labels``."""
+        labels = [label.model_dump() for label in spec.labels]
+        constants = {"labels": labels} if labels else {}
+        return cls(spec.prompt, constants=constants, allow_empty=spec.task == "score")
+
     def check_columns(self, schema: pa.Schema) -> None:
         """Refuse a prompt that uses a column which the input does not have.
 
@@ -71,9 +85,25 @@ class PromptRenderer:
         """
         if self._spec.column is not None:
             check_columns(schema, [self._spec.column], "prompt.column")
-        for template in [self._system, self._template, *(template for _, template in self._turns)]:
-            if template is not None:
-                check_columns(schema, template.names, template.where)
+        for template in self._templates:
+            check_columns(schema, set(template.names) - self._constants.keys(), template.where)
+            twice = self._constants.keys() & set(template.names) & set(schema.names)
+            if twice:
+                raise SpecError(
+                    f"{template.where}: {min(twice)!r} is a column of the input and also what the job file "
+                    "says under that name: rename the column"
+                )
+
+    @property
+    def column_names(self) -> frozenset[str]:
+        """The columns that a prompt is made of."""
+        used = {name for template in self._templates for name in template.names} - self._constants.keys()
+        return frozenset(used | {self._spec.column} if self._spec.column is not None else used)
+
+    @property
+    def _templates(self) -> list[_Template]:
+        candidates = [self._system, self._template, *(template for _, template in self._turns)]
+        return [template for template in candidates if template is not None]
 
     def render(self, columns: Mapping[str, Any]) -> Prompt:
         """The prompt of one row.
@@ -81,6 +111,8 @@ class PromptRenderer:
         Raises:
             RowError: the prompt is missing, empty, of the wrong type or too long, or its template failed.
         """
+        if self._constants:
+            columns = {**columns, **self._constants}
         system = None if self._system is None else self._system.render(columns)
         if self._turns:
             turns = tuple(ChatMessage(role, template.render(columns)) for role, template in self._turns)
@@ -93,7 +125,7 @@ class PromptRenderer:
         return self._chat(system, _as_messages(value, str(self._spec.column)))
 
     def _plain(self, system: str | None, text: str) -> Prompt:
-        if not text.strip():
+        if not (text.strip() or self._allow_empty):
             raise _row_error(RowFault.PROMPT_EMPTY, "the prompt is empty")
         before = [] if system is None else [ChatMessage("system", system)]
         shots = [f"{user.content}{assistant.content}\n\n" for user, assistant in _pairs(self._examples)]
@@ -173,14 +205,6 @@ def _type_name(value: Any) -> str:
 # --- templates -----------------------------------------------------------------------------------
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_refuse_null
-    )
-    del environment.globals["lipsum"], environment.filters["random"]  # a row's prompt must not vary
-    return environment
-
-
 class _NullInTemplateError(Exception):
     """A ``{{ … }}`` gave null, which would be written as the word None."""
 
@@ -191,7 +215,7 @@ def _refuse_null(value: Any) -> Any:
     return value
 
 
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = PromptEnvironment(finalize=_refuse_null)
 
 
 class _Template:
@@ -215,7 +239,7 @@ class _Template:
     def render(self, columns: Mapping[str, Any]) -> str:
         """The text for one row, at most ``MAX_PROMPT_BYTES`` of it."""
         try:
-            return _joined(self._template.generate(columns))
+            return _joined(generate(self._template, columns))
         except RowError:
             raise
         except _NullInTemplateError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from b2batch.errors import RowError, RowFault, SpecError, Stage
+from b2batch.inputs import sandbox
 from b2batch.inputs.prompts import MAX_PROMPT_BYTES, ChatMessage, PromptRenderer
 from b2batch.spec import PromptSpec
 
@@ -160,6 +162,78 @@ def test_a_template_that_fails_on_a_row(template: str, fault: RowFault, said: st
     columns = {"text": "x", "gone": None, "o": {"a": None}}
     assert said in fails(fault, columns, template=template)
     assert columns["o"] == {"a": None}
+
+
+ENDLESS = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a recursive loop": "{% for i in [1] recursive %}{{ loop([1]) }}{{ loop([1]) }}{% endfor %}",
+    "a condition": "{% for i in range(99999) if range(99999)|sum %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("how", ENDLESS)
+def test_a_template_that_does_not_end_is_ended(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_TEMPLATE_CPU_S", 0.1)
+    begin_s = time.thread_time()
+    message = fails(RowFault.PROMPT_TEMPLATE, {"text": "x"}, template=ENDLESS[how])
+    assert "prompt.template: took more than 0.1 s of CPU time" in message or "recursion" in message
+    assert time.thread_time() - begin_s < 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ text * n }}",
+        "{{ n * text }}",
+        "{{ [text] * n }}",
+        "{{ 'x' * 999999999 }}",
+        "{{ n ** n ** n }}",
+        "{{ 9 ** 99999 }}",
+        "{{ text.center(n) }}",
+        "{{ text | center(n) }}",
+        "{{ text | center(width=n) }}",
+        "{{ text.zfill(n) }}",
+        "{{ text | indent(n) }}",
+        "{{ (text * 99).replace('a', text * 999999) }}",
+        "{{ (text * 99) | replace('a', text * 999999) }}",
+        "{{ range(99999) | join(text * 999) }}",
+        "{{ (text * 999).join(range(9999) | map('string')) }}",
+        "{{ [1] | slice(n) | list }}",
+        "{% set ns = namespace(t=text) %}{% for i in range(99) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+        "{% set ns = namespace(t=text) %}{% for i in range(99) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
+        "{% set ns = namespace(n=n) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        "{% macro f() %}{% for i in range(9999) %}{{ text * 9999 }}{% endfor %}{% endmacro %}{{ f() }}",
+        "{% set t %}{% for i in range(9999) %}{{ text * 9999 }}{% endfor %}{% endset %}{{ t }}",
+    ],
+)
+def test_a_value_that_would_fill_the_memory_is_refused_before_it_is_made(template: str) -> None:
+    message = fails(RowFault.PROMPT_TEMPLATE, {"text": "aaa", "n": 999_999_999}, template=template)
+    assert "prompt.template: makes a" in message
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ [1, 2] | join(', ') }}|{{ ', '.join(m | map('upper')) }}", "1, 2|A, B"),
+        ("{{ m | map('upper') | join(d='-') }}{{ m | join }}", "A-Bab"),
+        (
+            "{{ 'a' ~ 1 ~ m[0] }}{{ 2 ** 10 }}{{ 'ab' * 2 }}{{ 1.5 * 2 }}{{ m + m }}",
+            "a1a1024abab3.0['a', 'b', 'a', 'b']",
+        ),
+        (
+            "{% for x in m %}{{ loop.index }}/{{ loop.length }}{{ x }}{% if not loop.last %},{% endif %}"
+            "{% endfor %}",
+            "1/2a,2/2b",
+        ),
+        ("{% for x in m if x != 'a' %}{{ x }}{% else %}none{% endfor %}", "b"),
+        ("{{ 'a\nb' | indent(2) }}{{ 'x'.center(3) }}{{ 'x' | center(3) }}", "a\n  b x  x "),
+        ("{{ 'aXb' | replace('X', '--') }}{{ 'aXb'.replace('X', '-', 1) }}", "a--ba-b"),
+        ("{{ [1, 2, 3] | batch(2) | list }}{{ [1, 2] | slice(2) | list }}", "[[1, 2], [3]][[1], [2]]"),
+    ],
+)
+def test_the_limits_leave_ordinary_templates_alone(template: str, text: str) -> None:
+    assert renderer(template=template).render({"m": ["a", "b"]}).text == text
 
 
 def test_null_is_fine_where_the_template_provides_for_it() -> None:
