@@ -104,13 +104,19 @@ def estimate_job(spec: JobSpec) -> Estimate:
         columns={field.name: str(field.type) for field in job.plan.schema},
         lengths=lengths,
         num_input_tokens=round(lengths.mean * num_rows),
-        max_generated_tokens=sampling.max_tokens and sampling.max_tokens * sampling.n * num_rows,
+        max_generated_tokens=_max_generated_tokens(spec, sampling.max_tokens, num_rows),
         model=model_facts(job.checkpoint, job.codec, spec.model),
         uses_chat=job.encoder.uses_chat,
         sampling=sampling.model_dump(mode="json", exclude_defaults=True, exclude={"from_model"}),
         output=open_store(spec.output.path, job.record.run_id).uri,
         standing=_standing(job),
     )
+
+
+def _max_generated_tokens(spec: JobSpec, max_tokens: int | None, num_rows: int) -> int | None:
+    if spec.task != "generate":
+        return 0
+    return max_tokens and max_tokens * spec.sampling.n * num_rows
 
 
 def _prompt_lengths(job: PreparedJob, rows: Iterable[PromptRow]) -> PromptLengths:
@@ -129,7 +135,7 @@ def _prompt_lengths(job: PreparedJob, rows: Iterable[PromptRow]) -> PromptLength
             num_truncated += encoded.prompt_truncated
     lengths.sort()
     num_sampled = len(lengths) + failures.total()
-    wanted = job.encoder.sampling.max_tokens or 1
+    wanted = job.encoder.num_answer_tokens
     return PromptLengths(
         num_rows=num_sampled,
         is_whole_input=num_sampled == job.plan.num_rows,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from b2batch.encoding import RowEncoder
-from b2batch.engine.request import Request
+from b2batch.engine.request import AnyRequest, Finished
 from b2batch.errors import RowError
 from b2batch.inputs.plan import make_plan
 from b2batch.inputs.prompts import Prompt
@@ -17,6 +17,11 @@ from b2batch.models.checkpoint import open_checkpoint
 from b2batch.models.families import family_of
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec
+
+if TYPE_CHECKING:
+    from b2batch.answers import AnswerReader
+
+_MAX_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,13 @@ def preview_job(spec: JobSpec, num_rows: int, *, generate: bool) -> list[Preview
     limit = num_rows if given.limit is None else min(num_rows, given.limit)
     looked_at = given.model_copy(update={"limit": limit, "fingerprint": "fast"})
     plan = make_plan(looked_at)
-    check_schema(spec, plan.schema)
-    requests: list[Request] = []
+    check_schema(spec, plan.schema, checkpoint)
+    requests: list[AnyRequest] = []
     rows = [_encode(encoder, row, requests) for row in first_rows(plan, looked_at, limit)]
-    return _answer(spec, rows, requests) if generate and requests else rows
+    return _answer(spec, encoder, rows, requests) if generate and requests else rows
 
 
-def _encode(encoder: RowEncoder, row: PromptRow, requests: list[Request]) -> PreviewRow:
+def _encode(encoder: RowEncoder, row: PromptRow, requests: list[AnyRequest]) -> PreviewRow:
     """The row rendered; its request goes to ``requests``."""
     if row.failure is not None:
         return PreviewRow(row.row_id, error=f"{row.failure.fault}: {row.failure.message}")
@@ -80,26 +85,42 @@ def _shown(prompt: Prompt, uses_chat: bool) -> dict[str, Any]:
     return {"text": prompt.text}
 
 
-def _answer(spec: JobSpec, rows: Sequence[PreviewRow], requests: Sequence[Request]) -> list[PreviewRow]:
+def _answer(
+    spec: JobSpec, encoder: RowEncoder, rows: Sequence[PreviewRow], requests: Sequence[AnyRequest]
+) -> list[PreviewRow]:
     # torch takes seconds to import: prompts alone are shown without it.
+    from b2batch.answers import make_reader
     from b2batch.models.loading import load_model
-    from b2batch.worker import make_engine, read_sample
+    from b2batch.worker import make_engine
 
     loaded = load_model(spec.model)
     few = spec.engine.model_copy(update={"max_num_seqs": max(1, len(requests) * spec.sampling.n)})
     engine = make_engine(spec.model_copy(update={"engine": few}), loaded)
+    reader = make_reader(spec, encoder, engine, loaded.codec.tokenizer)
     for request in requests:
         engine.add(request)
-    answers = {}
+    finished: dict[str, Finished] = {}
     while engine.has_work:
-        for finished in engine.step():
-            answers[finished.request_id] = finished.completions[0]
-    answered = []
-    for row in rows:
-        completion = answers.get(row.row_id)
-        if completion is not None:
-            sample = read_sample(completion, loaded.codec.tokenizer)
-            error = completion.error or ""
-            row = replace(row, answer=sample.text, finish_reason=sample.finish_reason.value, error=error)
-        answered.append(row)
-    return answered
+        finished |= {done.request_id: done for done in engine.step()}
+    return [_answered(row, reader, finished[row.row_id]) if row.row_id in finished else row for row in rows]
+
+
+def _answered(row: PreviewRow, reader: AnswerReader, finished: Finished) -> PreviewRow:
+    try:
+        generation = reader.read(finished)
+    except RowError as error:
+        return replace(row, error=f"{error.failure.fault}: {error}")
+    if generation.samples:
+        sample = generation.samples[0]
+        return replace(row, answer=sample.text, finish_reason=sample.finish_reason.value)
+    return replace(row, answer=", ".join(f"{name} {_brief(v)}" for name, v in generation.columns.items()))
+
+
+def _brief(value: Any) -> str:
+    """A column's value on a line: numbers rounded, of many only the first."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        more = ", …" if len(value) > _MAX_SHOWN else ""
+        return f"[{', '.join(map(_brief, value[:_MAX_SHOWN]))}{more}]"
+    return str(value)

@@ -58,7 +58,7 @@ def verify_output(path: str, *, with_input: bool = True, repair: bool = False) -
 def _verify(
     directory: RunDirectory, plan: Plan, spec: JobSpec, files: Sequence[InputFile] | None, repair: bool
 ) -> VerifyReport:
-    schema = output_schema(plan.schema, spec)
+    schema = output_schema(plan.schema, spec, directory.record.provenance.get("hidden_size", 0))
     digest = None if files is None else _rows_digest(files, plan, spec.input)
     return verify(directory, plan.units, schema, digest, repair=repair)
 

@@ -78,12 +78,14 @@ class Sample:
 class Generation:
     """What the engine made of one prompt: ``samples[0]`` is the answer, the rest are ``n > 1``.
 
-    ``prompt_truncated`` says that ``prompt.on_too_long`` cut the prompt.
+    A task that writes no text has no samples. ``prompt_truncated`` says that ``prompt.on_too_long``
+    cut the prompt. ``columns`` holds what stands in the task's own columns, such as a label.
     """
 
     num_input_tokens: int
     samples: tuple[Sample, ...]
     prompt_truncated: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -137,3 +139,33 @@ class UnitReport:
     counts: UnitCounts = UnitCounts()
     newly_committed: bool = True
     error: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CondemnedRow:
+    """A row of a unit that takes its replica down when it runs alone; ``offset`` counts from the unit's first."""
+
+    offset: int
+    num_deaths: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """How to compute a unit that took a replica down.
+
+    ``condemned`` rows become errors without being run. The others run piece by piece (offsets within
+    the unit), each only once the one before it is answered and the driver knows that it comes next.
+    """
+
+    condemned: tuple[CondemnedRow, ...]
+    pieces: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PieceBegun:
+    """A replica tells that it begins a piece of a unit under ``Caution``, by the piece's number."""
+
+    unit_index: int
+    attempt: int
+    number: int

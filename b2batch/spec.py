@@ -50,6 +50,12 @@ class ModelSpec(_Section):
     model: str = Field(description="hub id, local path, ms://… (ModelScope), or a name from configs/models")
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="of linear layers; a quantised checkpoint is recognised by itself"
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="what nf4 layers compute in"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
     position: Literal["auto", "rope", "alibi"] = "auto"
@@ -190,6 +196,59 @@ class OutputSpec(_Section):
     prefix: str | None = Field(default=None, description="put before b2batch's own column names")
 
 
+class Label(_Section):
+    """One answer of a classification. ``text`` is what the model would write for it."""
+
+    name: str = Field(min_length=1)
+    text: str = Field(min_length=1)
+    description: str = ""
+
+
+def _as_labels(value: Any) -> Any:
+    """Labels from a list of names, or from a mapping name → description or {text, description}."""
+    if isinstance(value, Mapping):
+        return [_as_label(name, meaning) for name, meaning in value.items()]
+    if isinstance(value, list | tuple):
+        return [item if isinstance(item, Mapping | Label) else _as_label(item, None) for item in value]
+    return value
+
+
+def _as_label(name: Any, meaning: Any) -> dict[str, Any]:
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise ValueError(f"a label is text, found {name!r}: put it in quotes")
+    own = meaning if isinstance(meaning, Mapping) else {"description": "" if meaning is None else meaning}
+    return {"name": str(name), "text": str(name), **own}
+
+
+class ClassifySpec(_Section):
+    """How the likelihoods of the labels' texts become probabilities.
+
+    ``calibrate_with`` are texts without content that stand in for the row's columns: the labels'
+    mean probabilities under them are divided out (Zhao et al. 2021, "Calibrate before use").
+    """
+
+    normalize: Literal["none", "tokens"] = Field(
+        default="none", description="tokens: the mean log-likelihood of a label's tokens, not the sum"
+    )
+    calibrate_with: tuple[str, ...] = ()
+    threshold: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="several labels may hold: all with this probability"
+    )
+
+
+class ScoreSpec(_Section):
+    """Which text's log-likelihood after the prompt is wanted."""
+
+    column: str | None = None
+
+
+class EmbedSpec(_Section):
+    """How the hidden states of the last layer become one vector."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = Field(default=True, description="to length 1")
+
+
 class EngineSpec(_Section):
     """What a replica's engine may use. ``auto`` measures the memory that is there."""
 
@@ -227,15 +286,33 @@ class JobSpec(_Section):
     """One batch-inference job: which model, which rows, what prompt, where to."""
 
     name: str = Field(default="job", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    task: Literal["generate"] = "generate"
+    task: Literal["generate", "classify", "score", "embed"] = "generate"
     model: ModelSpec
     input: InputSpec
     prompt: PromptSpec
     sampling: SamplingSpec = SamplingSpec()
+    labels: Annotated[tuple[Label, ...], BeforeValidator(_as_labels)] = ()
+    classify: ClassifySpec = ClassifySpec()
+    score: ScoreSpec = ScoreSpec()
+    embed: EmbedSpec = EmbedSpec()
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
     errors: ErrorsSpec = ErrorsSpec()
+
+    @model_validator(mode="after")
+    def _task_has_its_settings(self) -> Self:
+        """A section of another task would be ignored without a word."""
+        for name, task in _TASK_OF_SECTION.items():
+            if self.task != task and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: only for task: {task}, and the task is {self.task}")
+        if self.task == "classify":
+            _check_labels(self.labels)
+        if self.task == "score" and self.score.column is None:
+            raise ValueError("score.column: is needed for task: score and not given")
+        if self.task != "generate" and self.input.sampling_column is not None:
+            raise ValueError(f"input.sampling_column: nothing is sampled by task: {self.task}")
+        return self
 
     def result_config(self) -> dict[str, Any]:
         """The settings that decide what the output says; another value is another run.
@@ -244,14 +321,29 @@ class JobSpec(_Section):
         dtype (they may change bits, so they are recorded as provenance), the cluster, the budget.
         """
         dump = self.model_dump(mode="json")
+        sections = [name for name, task in _TASK_OF_SECTION.items() if task == self.task]
         return {
             "task": dump["task"],
+            **{name: dump[name] for name in sections},
             "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "device")},
             "input": {k: dump["input"][k] for k in ("key", "max_record_bytes", "sampling_column")},
             "prompt": dump["prompt"],
             "sampling": dump["sampling"],
             "output": {k: dump["output"][k] for k in ("columns", "prefix")},
         }
+
+
+_TASK_OF_SECTION = {"labels": "classify", "classify": "classify", "score": "score", "embed": "embed"}
+
+
+def _check_labels(labels: tuple[Label, ...]) -> None:
+    if len(labels) < 2:
+        raise ValueError(f"labels: task: classify needs at least two, found {len(labels)}")
+    for what in ("name", "text"):
+        values = [getattr(label, what) for label in labels]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"labels: the {what} {twice!r} stands twice")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -463,7 +555,7 @@ def _explain(fault: Any) -> str:
         return f"{dotted}: is needed and not given"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{dotted}: {message}"
+        return f"{dotted}: {message}" if location else message  # a whole-job check names its field itself
     return f"{dotted}: {message}, found {fault['input']!r}"
 
 

@@ -59,7 +59,7 @@ def validate_job(spec: JobSpec) -> Validation:
     encoder = RowEncoder(spec, codec, checkpoint.generation_config)
     files = list_files(spec.input)
     rows, input_schema = _look_at_input(spec)
-    schema = check_schema(spec, input_schema)
+    schema = check_schema(spec, input_schema, checkpoint)
     faults = [fault for row in rows if (fault := _fault(encoder, row))]
     return Validation(
         model=model_facts(checkpoint, codec, spec.model),

@@ -16,29 +16,38 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, packing
 from b2batch.engine.engine import Engine
-from b2batch.engine.memory import resolve_limits
-from b2batch.engine.request import Completion, Finished, Request
+from b2batch.engine.memory import is_out_of_memory, resolve_limits
+from b2batch.engine.request import AnyRequest, Finished
 from b2batch.engine.runner import KVShape
-from b2batch.errors import Fenced, RowError, RowFailure, RowFault, Stage
-from b2batch.failpoints import failpoint
+from b2batch.errors import Fenced, ReplicaSuspect, RowError, RowFailure, RowFault, Stage, StorageError
+from b2batch.failpoints import failpoint, is_poison, take_poison
 from b2batch.inputs.files import InputFile
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.models.loading import LoadedModel, load_model
-from b2batch.models.tokenizer import Tokenizer
-from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
+from b2batch.outputs.parts import Part, PartOrigin, commit_part, encode_part
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
-from b2batch.rows import Generation, PromptRow, ResultRow, Sample, UnitReport, WorkUnit
+from b2batch.rows import (
+    Caution,
+    CondemnedRow,
+    PieceBegun,
+    PromptRow,
+    ResultRow,
+    UnitReport,
+    WorkUnit,
+)
 from b2batch.spec import JobSpec
 from b2batch.telemetry import Progress
 
@@ -66,6 +75,9 @@ class _OpenUnit:
     attempt: int
     rows: Sequence[PromptRow]
     columns: pa.Table
+    trusts_nan: bool
+    pieces: deque[tuple[int, ...]] = field(default_factory=deque)  # not begun yet; see Caution
+    num_pieces: int = 0
     truncated: set[str] = field(default_factory=set)  # row ids whose prompt was cut
     results: dict[str, ResultRow] = field(default_factory=dict)
 
@@ -118,14 +130,17 @@ class Worker:
     def __init__(self, args: WorkerArgs, loaded: LoadedModel, engine: Engine) -> None:
         self._args = args
         self._worker_id = f"{socket.gethostname()}-{os.getpid()}"
-        self._tokenizer = loaded.codec.tokenizer
         self._engine = engine
         self._encoder = RowEncoder(args.spec, loaded.codec, loaded.checkpoint.generation_config)
         self._reader = UnitReader(args.files, args.input_schema, args.spec.input)
         self._store = open_store(args.output_uri, args.run_id)
-        self._schema = output_schema(args.input_schema, args.spec)
+        self._answers = make_reader(args.spec, self._encoder, engine, loaded.codec.tokenizer)
+        hidden_size = loaded.model.config.get_text_config().hidden_size
+        self._schema = output_schema(args.input_schema, args.spec, hidden_size)
         self._open: dict[int, _OpenUnit] = {}
         self._unit_of: dict[str, _OpenUnit] = {}  # row id → the unit it belongs to
+        self._unsaved: dict[int, Part] = {}  # parts that the store would not take, by unit
+        self._has_poison = False
         self._progress = Progress()
 
     @property
@@ -135,35 +150,126 @@ class Worker:
 
     @property
     def idle(self) -> bool:
+        """Whether ``step`` has nothing to do."""
         return not self._open
+
+    @property
+    def next_piece(self) -> PieceBegun | None:
+        """The piece that ``begin_piece`` would begin, once all before it is answered."""
+        open_unit = self._unit_in_pieces()
+        if open_unit is None or self._engine.has_work:
+            return None
+        number = open_unit.num_pieces - len(open_unit.pieces)
+        return PieceBegun(open_unit.unit.index, open_unit.attempt, number)
 
     def progress(self) -> Progress:
         """Counters since the worker was built."""
         return self._progress + Progress(num_running=self._engine.num_running)
 
-    def add_unit(self, unit: WorkUnit, attempt: int) -> None:
-        """Read a unit's rows and queue those that can be answered.
+    def add_unit(
+        self, unit: WorkUnit, attempt: int, caution: Caution | None = None, *, trusts_nan: bool = False
+    ) -> None:
+        """Read a unit's rows and queue those that can be answered; under ``caution`` none yet.
+
+        ``trusts_nan``: a batch without one finite logit is its rows' fault, as it was so elsewhere.
 
         Raises:
             DriftError, InputError: the input file is not as it was planned.
         """
         failpoint("F4")
         read = self._reader.read(unit)
-        open_unit = _OpenUnit(unit, attempt, read.rows, read.columns)
-        requests = [request for row in read.rows if (request := self._prepare(open_unit, row))]
-        self._open[unit.index] = open_unit
+        open_unit = _OpenUnit(unit, attempt, read.rows, read.columns, trusts_nan)
+        if caution is not None:
+            open_unit.pieces.extend(caution.pieces)
+            open_unit.num_pieces = len(caution.pieces)
+            self._condemn(open_unit, caution.condemned)
+            self._open[unit.index] = open_unit
+        elif unit.index in self._unsaved:
+            self._open[unit.index] = open_unit
+        else:
+            self._admit(open_unit, read.rows)
+
+    def begin_piece(self) -> None:
+        """Queue the rows of the next piece of the unit that is under caution."""
+        open_unit = self._unit_in_pieces()
+        if open_unit is not None:
+            self._admit(open_unit, [open_unit.rows[offset] for offset in open_unit.pieces.popleft()])
+
+    def drop_unit(self, unit_index: int) -> None:
+        """Leave a unit: another replica has committed it, or this attempt cannot go on."""
+        open_unit = self._open.pop(unit_index, None)
+        self._unsaved.pop(unit_index, None)
+        if open_unit is None:
+            return
+        for row in open_unit.rows:
+            if self._unit_of.get(row.row_id) is open_unit:
+                del self._unit_of[row.row_id]
+                self._engine.cancel(row.row_id)
+
+    def step(self) -> list[UnitReport]:
+        """One engine step, then commit what it completed.
+
+        Raises:
+            ReplicaSuspect: no row of a whole batch had finite logits.
+        """
+        if self._engine.has_work:
+            failpoint("F5")
+            if self._has_poison:
+                take_poison()
+            finished = self._run_engine()
+            self._check_sanity(finished)
+            for one in finished:
+                self._take(one)
+        complete = (unit for unit in self._open.values() if self._is_over(unit))
+        return [self._commit(unit) for unit in list(complete)]
+
+    def _run_engine(self) -> list[Finished]:
+        """The engine's step. Out of memory it goes on with half the batch; a row that is alone fails."""
+        try:
+            return self._engine.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).partition("\n")[0]
+        self._progress += Progress(num_out_of_memory=1)
+        alone = self._engine.shrink()
+        if alone is not None:
+            failure = RowError(RowFault.OOM, f"this row alone needs too much: {message}", Stage.GENERATE)
+            self._fail(self._unit_of.pop(alone), alone, failure.failure)
+        return []
+
+    def _check_sanity(self, finished: Sequence[Finished]) -> None:
+        """A whole batch without finite logits says more about the replica than about its rows."""
+        units = [self._unit_of[one.request_id] for one in finished]
+        if len(finished) < 2 or self._engine.num_running or all(unit.trusts_nan for unit in units):
+            return
+        if all(any(completion.error for completion in one.completions) for one in finished):
+            raise ReplicaSuspect(f"none of the {len(finished)} rows of a batch had finite logits")
+
+    def _unit_in_pieces(self) -> _OpenUnit | None:
+        return next((unit for unit in self._open.values() if unit.pieces), None)
+
+    def _is_over(self, open_unit: _OpenUnit) -> bool:
+        return open_unit.is_complete or open_unit.unit.index in self._unsaved
+
+    def _condemn(self, open_unit: _OpenUnit, condemned: Iterable[CondemnedRow]) -> None:
+        for row in condemned:
+            failure = RowFailure(
+                RowFault.WORKER_CRASH,
+                f"the replica died each of the {row.num_deaths} times that this row ran alone: {row.detail}"[:2000],
+                Stage.CRASH,
+                open_unit.attempt,
+            )
+            self._fail(open_unit, open_unit.rows[row.offset].row_id, failure)
+
+    def _admit(self, open_unit: _OpenUnit, rows: Iterable[PromptRow]) -> None:
+        """Hand rows to the engine, or their failures to the results. All are encoded before one is queued."""
+        requests = [request for row in rows if (request := self._prepare(open_unit, row))]
+        self._open[open_unit.unit.index] = open_unit
         for request in requests:
             self._queue(open_unit, request)
 
-    def step(self) -> list[UnitReport]:
-        """One engine step, then commit what it completed."""
-        if self._engine.has_work:
-            failpoint("F5")
-            for finished in self._engine.step():
-                self._take(finished)
-        return [self._commit(unit) for unit in list(self._open.values()) if unit.is_complete]
-
-    def _prepare(self, open_unit: _OpenUnit, row: PromptRow) -> Request | None:
+    def _prepare(self, open_unit: _OpenUnit, row: PromptRow) -> AnyRequest | None:
         """The row's request, or None once its failure stands among the results."""
         if row.failure is not None:
             self._fail(open_unit, row.row_id, row.failure)
@@ -173,11 +279,12 @@ class Worker:
         except RowError as error:
             self._fail(open_unit, row.row_id, error.failure)
             return None
+        self._has_poison = self._has_poison or is_poison(row.columns)
         if encoded.prompt_truncated:
             open_unit.truncated.add(row.row_id)
         return encoded.request
 
-    def _queue(self, open_unit: _OpenUnit, request: Request) -> None:
+    def _queue(self, open_unit: _OpenUnit, request: AnyRequest) -> None:
         """Hand a request to the engine, which refuses tokens that the model does not have."""
         try:
             self._engine.add(request)
@@ -191,12 +298,11 @@ class Worker:
         """Book an answered row."""
         row_id = finished.request_id
         open_unit = self._unit_of.pop(row_id)
-        failure = _failure_of(finished.completions)
-        if failure is not None:
-            self._fail(open_unit, row_id, failure)
+        try:
+            generation = self._answers.read(finished, prompt_truncated=row_id in open_unit.truncated)
+        except RowError as error:
+            self._fail(open_unit, row_id, error.failure)
             return
-        samples = tuple(read_sample(completion, self._tokenizer) for completion in finished.completions)
-        generation = Generation(finished.num_prompt_tokens, samples, row_id in open_unit.truncated)
         open_unit.results[row_id] = ResultRow(row_id, generation)
         self._progress += Progress(
             num_rows=1,
@@ -214,21 +320,31 @@ class Worker:
         del self._open[open_unit.unit.index]
         unit, attempt = open_unit.unit, open_unit.attempt
         try:
-            part = encode_part(
-                unit,
-                open_unit.rows,
-                open_unit.columns,
-                list(open_unit.results.values()),
-                self._schema,
-                self._origin(unit, attempt),
-            )
+            part = self._unsaved.pop(unit.index, None) or self._encode(open_unit)
             failpoint("F6")
-            return commit_part(self._store, part)
+            return self._put(replace(part, attempt=attempt))
         except Fenced:
             raise
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
             return UnitReport(unit.index, attempt, error=(type(error).__name__, str(error), trace))
+
+    def _encode(self, open_unit: _OpenUnit) -> Part:
+        return encode_part(
+            open_unit.unit,
+            open_unit.rows,
+            open_unit.columns,
+            list(open_unit.results.values()),
+            self._schema,
+            self._origin(open_unit.unit, open_unit.attempt),
+        )
+
+    def _put(self, part: Part) -> UnitReport:
+        try:
+            return commit_part(self._store, part)
+        except StorageError:
+            self._unsaved[part.unit.index] = part  # the next attempt here has only this to do
+            raise
 
     def _origin(self, unit: WorkUnit, attempt: int) -> PartOrigin:
         file = self._args.files[unit.file_index]
@@ -240,15 +356,3 @@ class Worker:
             worker_id=self._worker_id,
             provenance=self._args.provenance,
         )
-
-
-def read_sample(completion: Completion, tokenizer: Tokenizer) -> Sample:
-    """A completion as text, without the stop token or the stop string that ended it."""
-    text = tokenizer.decode(completion.token_ids[: completion.num_text_tokens])
-    text = text[: len(text) - completion.num_cut_chars]
-    return Sample(text, completion.token_ids, completion.finish_reason, completion.logprobs)
-
-
-def _failure_of(completions: Sequence[Completion]) -> RowFailure | None:
-    errors = [completion.error for completion in completions if completion.error]
-    return RowFailure(RowFault.NAN, errors[0], Stage.GENERATE) if errors else None

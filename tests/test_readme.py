@@ -20,7 +20,7 @@ from b2batch.errors import B2BatchError, RowFault
 from b2batch.inputs import READERS
 from b2batch.models.families import MODELS
 from b2batch.outputs.schema import own_columns
-from b2batch.spec import Example, JobSpec, Message, find_fragments, parse_spec
+from b2batch.spec import Example, JobSpec, Label, Message, find_fragments, parse_spec
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -34,6 +34,13 @@ JOB_OF_ALL_COLUMNS: dict[str, Any] = {
     "sampling": {"n": 2, "logprobs": 1},
     "output": {"path": "out"},
 }
+
+OTHER_TASKS: list[dict[str, Any]] = [
+    {},
+    {"task": "classify", "labels": ["a", "b"], "classify": {"threshold": 0.5}},
+    {"task": "score", "score": {"column": "text"}},
+    {"task": "embed"},
+]
 
 
 def rows_of_table(text: str, header: str) -> list[list[str]]:
@@ -82,7 +89,7 @@ def test_every_key_and_default_is_in_the_table(readme: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize("section", [Message, Example])
+@pytest.mark.parametrize("section", [Message, Example, Label])
 def test_keys_of_list_elements_are_named(readme: Path, section: type[BaseModel]) -> None:
     text = readme.read_text(encoding="utf-8")
 
@@ -170,9 +177,12 @@ def test_output_columns_are_all_described(readme: Path) -> None:
     header = "column" if readme.name == "README.md" else "列"
     table = rows_of_table(readme.read_text(encoding="utf-8"), header)
 
-    assert [name for cell, *_ in table for name in names(cell)] == list(
-        own_columns(parse_spec(JOB_OF_ALL_COLUMNS))
-    )
+    documented = [name for cell, *_ in table for name in names(cell)]
+
+    columns = [list(own_columns(parse_spec(JOB_OF_ALL_COLUMNS | other))) for other in OTHER_TASKS]
+    assert set(documented) == {name for names in columns for name in names}
+    for names_of_task in columns:
+        assert [name for name in documented if name in names_of_task] == names_of_task
 
 
 @both

@@ -49,7 +49,8 @@ def _print(row: PreviewRow) -> None:
     if row.text is not None:
         typer.echo(row.text)
     if row.answer is not None:
-        typer.secho(f"→ {row.answer}  ({row.finish_reason})", fg=typer.colors.GREEN)
+        reason = f"  ({row.finish_reason})" if row.finish_reason else ""
+        typer.secho(f"→ {row.answer}{reason}", fg=typer.colors.GREEN)
     if row.error:
         typer.secho(f"✗ {row.error}", fg=typer.colors.RED)
     typer.echo()

@@ -11,12 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from b2batch.engine.request import Completion, Finished, Request, Score, ScoreRequest
+from b2batch.engine.pooling import Pool
+from b2batch.engine.request import (
+    AnyRequest,
+    Completion,
+    EmbedRequest,
+    Finished,
+    Request,
+    Score,
+    ScoreRequest,
+)
 from b2batch.engine.runner import Runner
 from b2batch.engine.sampling import sample, token_logprobs
 from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
@@ -45,10 +54,11 @@ class EngineStats:
 class _Pending:
     """A request whose sequences are on their way; ``done`` holds those that ended, by index."""
 
-    request: Request | ScoreRequest
+    request: AnyRequest
     num_sequences: int
     done: dict[int, Sequence]
     completions: dict[int, Completion]
+    pool: Pool = field(default_factory=Pool)
 
 
 class Engine:
@@ -105,7 +115,7 @@ class Engine:
     def scheduler_stats(self) -> SchedulerStats:
         return self._scheduler.stats
 
-    def add(self, request: Request | ScoreRequest) -> None:
+    def add(self, request: AnyRequest) -> None:
         """Queue a request.
 
         Raises:
@@ -117,9 +127,7 @@ class Engine:
         if not request.prompt:
             raise ValueError("the prompt has no tokens")
         self._check_tokens("the prompt", request.prompt)
-        sequences = (
-            self._score_paths(request) if isinstance(request, ScoreRequest) else self._samples(request)
-        )
+        sequences = self._sequences(request)
         self._pending[request.request_id] = _Pending(request, len(sequences), {}, {})
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -133,12 +141,36 @@ class Engine:
             return []
         logits = self.runner.run(step)
         self._scheduler.advance(step)
-        ended = self._postprocess(step.chunks, logits)
+        ended = self._postprocess(step.chunks, logits) + self._embed(step.chunks)
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
         self.stats.sum_running += self.num_running
         self._scheduler.finish(ended)
         return [finished for sequence in ended if (finished := self._collect(sequence))]
+
+    def shrink(self) -> str | None:
+        """After a step that ran out of memory: compute what ran again, with half as much in a step.
+
+        Where a lone sequence with few tokens a step is too much, its request is taken out and returned,
+        and the steps have their full size again.
+        """
+        limits = self._scheduler.limits
+        alone = self._scheduler.running[0].request_id if self.num_running == 1 else None
+        empty_cache(self.runner.device)
+        if alone is None or limits.max_num_batched_tokens > _LEAST_TOKENS:
+            num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)
+            num_tokens = max(num_seqs, _LEAST_TOKENS, limits.max_num_batched_tokens // 2)
+            limits = replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+            self._scheduler.restart(limits)
+            return None
+        self._scheduler.restart(self._full_limits)
+        self.cancel(alone)
+        return alone
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, wherever it is; nothing if it is not here."""
+        if self._pending.pop(request_id, None) is not None:
+            self._scheduler.cancel(request_id)
 
     # -- requests to sequences --
 
@@ -147,6 +179,20 @@ class Engine:
         for token in tokens:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"{where}: there is no token {token} in a vocabulary of {self._vocab_size}")
+
+    def _sequences(self, request: AnyRequest) -> list[Sequence]:
+        if isinstance(request, ScoreRequest):
+            return self._score_paths(request)
+        if isinstance(request, EmbedRequest):
+            return self._embedded(request)
+        return self._samples(request)
+
+    def _embedded(self, request: EmbedRequest) -> list[Sequence]:
+        if len(request.prompt) > self._max_model_len:
+            raise ValueError(f"the prompt exceeds the context of {self._max_model_len}")
+        self.runner.keep_hidden()
+        prompt = list(request.prompt)
+        return [Sequence(request.request_id, 0, prompt, _SCORING, 0, probes={}, pooling=request.pooling)]
 
     def _samples(self, request: Request) -> list[Sequence]:
         self._check_tokens("logit_bias", request.sampling.logit_bias)
@@ -214,6 +260,20 @@ class Engine:
         if sampled:
             own = logits if len(sampled) == len(logits) else logits[sampled_rows]
             ended += self._append_tokens(sampled, own)
+        return ended
+
+    def _embed(self, chunks: Seq[Chunk]) -> list[Sequence]:
+        """Take in the hidden states of the sequences that are embedded; return those that ended."""
+        ended = []
+        row = 0
+        for chunk in chunks:
+            owner = chunk.owner
+            if isinstance(owner, Sequence) and owner.pooling is not None:
+                hidden = self.runner.hidden[row : row + chunk.num_tokens]
+                self._pending[owner.request_id].pool.take(hidden, chunk.start)
+                if owner.num_pending == 0:
+                    ended.append(owner)
+            row += chunk.num_tokens
         return ended
 
     def _append_tokens(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
@@ -300,6 +360,9 @@ class Engine:
         if isinstance(pending.request, ScoreRequest):
             scores = _scores(pending.request, pending.done)
             return Finished(sequence.request_id, len(pending.request.prompt), scores=scores)
+        if isinstance(pending.request, EmbedRequest):
+            embedding = pending.pool.vector(pending.request.pooling)
+            return Finished(sequence.request_id, len(pending.request.prompt), embedding=embedding)
         completions = tuple(pending.completions[i] for i in range(pending.num_sequences))
         return Finished(sequence.request_id, len(pending.request.prompt), completions)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from b2batch.rows import FinishReason, TokenLogprob
 from b2batch.spec import SamplingSpec
@@ -29,6 +30,18 @@ class ScoreRequest:
     request_id: str
     prompt: Sequence[int]
     continuations: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """One prompt whose hidden states after the last layer are wanted: their mean, or the last one."""
+
+    request_id: str
+    prompt: Sequence[int]
+    pooling: Literal["mean", "last"]
+
+
+AnyRequest = Request | ScoreRequest | EmbedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +73,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that is done: ``completions`` in sample order, or ``scores`` in continuation order."""
+    """A request that is done.
+
+    It has ``completions`` in sample order, or ``scores`` in continuation order, or an ``embedding``.
+    """
 
     request_id: str
     num_prompt_tokens: int
     completions: tuple[Completion, ...] = ()
     scores: tuple[Score, ...] = ()
+    embedding: tuple[float, ...] = ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from b2batch.engine import attention
@@ -25,6 +27,22 @@ class Runner:
             (shape.arena(kv_cache_tokens, self.device), shape.arena(kv_cache_tokens, self.device))
             for _ in range(shape.num_layers)
         ]
+        self._hidden: Tensor | None = None
+
+    def keep_hidden(self) -> None:
+        """From now on keep each step's hidden states, for embeddings."""
+        if self._hidden is None:
+            self._hidden = torch.empty(0)
+            self.model.base_model.register_forward_hook(self._note_hidden)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states after the last layer of all tokens of the last step: (T, C)."""
+        assert self._hidden is not None
+        return self._hidden
+
+    def _note_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._hidden = output[0][0]
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:

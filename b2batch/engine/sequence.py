@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from b2batch.engine.kv import PrefixSpan, Span
 from b2batch.rows import TokenLogprob
@@ -17,7 +18,7 @@ class Sequence:
                  shared, not ours
 
     A sequence with ``probes`` is scored, not continued: for each position, the token ids whose
-    log-probability after that position is wanted.
+    log-probability after that position is wanted. One that is embedded has none, and ``pooling``.
     """
 
     __slots__ = (
@@ -26,6 +27,7 @@ class Sequence:
         "max_tokens",
         "num_computed",
         "num_prompt",
+        "pooling",
         "prefix",
         "prefix_tokens",
         "probes",
@@ -44,6 +46,7 @@ class Sequence:
         sampling: SamplingSpec,
         max_tokens: int,
         probes: Mapping[int, tuple[int, ...]] | None = None,
+        pooling: Literal["mean", "last"] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -52,6 +55,7 @@ class Sequence:
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.probes = probes
+        self.pooling = pooling
         self.num_computed = 0
         self.prefix_tokens: tuple[int, ...] = ()  # what it should share, once that is known
         self.prefix: PrefixSpan | None = None
@@ -71,9 +75,12 @@ class Sequence:
     def shareable(self) -> list[int]:
         """Tokens that a shared prefix may come from; it always leaves the last of them to the sequence.
 
-        A prefix gives no logits, so those of a scored sequence end where the first are wanted.
+        A prefix gives no logits and no hidden states, so those of a scored sequence end where the
+        first are wanted, and one whose mean is wanted has none.
         """
-        return self.tokens if self.probes is None else self.tokens[: min(self.probes) + 1]
+        if self.pooling == "mean":
+            return []
+        return self.tokens[: min(self.probes) + 1] if self.probes else self.tokens
 
     @property
     def prefix_length(self) -> int:

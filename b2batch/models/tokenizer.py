@@ -21,9 +21,13 @@ _RESERVED = re.compile(r"<(reserved_\d+>)")
 
 
 class Tokenizer(Protocol):
-    """What the worker needs of a tokenizer."""
+    """What the worker needs of a tokenizer.
+
+    ``first_token_id`` stands before a document that has nothing before it: BOS, or else EOS.
+    """
 
     vocab_size: int
+    first_token_id: int
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of a piece of text, without any token that frames a whole prompt."""
@@ -52,6 +56,7 @@ class BaichuanTokenizer:
         except (RuntimeError, OSError) as error:
             raise ModelError(f"{model_file}: not a sentencepiece model: {error}") from error
         self.vocab_size: int = self._pieces.vocab_size()
+        self.first_token_id: int = self._pieces.bos_id()
         self._add_bos = add_bos
         self._control_ids = {
             self._pieces.id_to_piece(i): i for i in range(3) if i < self.vocab_size
@@ -94,6 +99,8 @@ class TransformersTokenizer:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
         self.vocab_size: int = len(self._inner)
+        first = self._inner.bos_token_id
+        self.first_token_id: int = self._inner.eos_token_id if first is None else first
         self._special = tuple(self._inner.get_added_vocab())
 
     @property

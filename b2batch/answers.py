@@ -1,0 +1,100 @@
+"""What the engine finished → what stands in the row's columns, or the error that the row gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from b2batch.encoding import RowEncoder
+from b2batch.engine.engine import Engine
+from b2batch.engine.request import Completion, Finished, Score
+from b2batch.errors import ModelError, RowError, RowFault, Stage
+from b2batch.labelling.classify import decide, label_probabilities, mean_prior
+from b2batch.models.tokenizer import Tokenizer
+from b2batch.rows import Generation, Sample
+from b2batch.spec import JobSpec
+
+
+class AnswerReader:
+    """Reads the answers of one job. ``prior`` is what ``classify.calibrate_with`` divides out."""
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, prior: Sequence[float] | None = None) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._prior = prior
+        self._label_names = [label.name for label in spec.labels]
+
+    def read(self, finished: Finished, *, prompt_truncated: bool = False) -> Generation:
+        """The result of one request.
+
+        Raises:
+            RowError: the model gave no finite number.
+        """
+        error = next((completion.error for completion in finished.completions if completion.error), None)
+        if error is not None:
+            raise _not_finite(error)
+        samples = tuple(read_sample(completion, self._tokenizer) for completion in finished.completions)
+        return Generation(finished.num_prompt_tokens, samples, prompt_truncated, self._columns(finished))
+
+    def _columns(self, finished: Finished) -> dict[str, Any]:
+        """The values of the columns that only this task has."""
+        if self._spec.task == "classify":
+            return self._classified(finished.scores)
+        if self._spec.task == "score":
+            return _scored(finished.scores[0])
+        if self._spec.task == "embed":
+            return self._embedded(finished.embedding)
+        return {}
+
+    def _classified(self, scores: Sequence[Score]) -> dict[str, Any]:
+        settings = self._spec.classify
+        try:
+            probabilities = label_probabilities(scores, settings.normalize)
+        except ValueError as error:
+            raise _not_finite(str(error)) from None
+        return decide(self._label_names, probabilities, self._prior).columns(settings.threshold)
+
+    def _embedded(self, vector: Sequence[float]) -> dict[str, Any]:
+        length = math.hypot(*vector)
+        if not math.isfinite(length):
+            raise _not_finite("the model gave no finite hidden state")
+        if self._spec.embed.normalize and length > 0:
+            vector = [value / length for value in vector]
+        return {"embedding": vector}
+
+
+def make_reader(spec: JobSpec, encoder: RowEncoder, engine: Engine, tokenizer: Tokenizer) -> AnswerReader:
+    """A reader for an idle engine, which computes the prior of the labels first where the job wants one."""
+    for request in encoder.prior_requests():
+        engine.add(request)
+    found = []
+    while engine.has_work:
+        found += engine.step()
+    try:
+        priors = [label_probabilities(finished.scores, spec.classify.normalize) for finished in found]
+    except ValueError as error:
+        raise ModelError(f"classify.calibrate_with: {error}") from None
+    return AnswerReader(spec, tokenizer, mean_prior(priors))
+
+
+def read_sample(completion: Completion, tokenizer: Tokenizer) -> Sample:
+    """A completion as text, without the stop token or the stop string that ended it."""
+    text = tokenizer.decode(completion.token_ids[: completion.num_text_tokens])
+    text = text[: len(text) - completion.num_cut_chars]
+    return Sample(text, completion.token_ids, completion.finish_reason, completion.logprobs)
+
+
+def _scored(score: Score) -> dict[str, Any]:
+    if not math.isfinite(score.loglikelihood):
+        raise _not_finite("the log-likelihood is not finite")
+    return {
+        "loglikelihood": score.loglikelihood,
+        "num_scored_tokens": score.num_tokens,
+        "is_greedy": score.is_greedy,
+        "perplexity": math.exp(min(-score.loglikelihood / score.num_tokens, 700.0)),
+    }
+
+
+def _not_finite(message: str) -> RowError:
+    return RowError(RowFault.NAN, message, Stage.GENERATE)
