@@ -1,0 +1,83 @@
+"""A whole job with the real driver, worker and model, on processes of this machine instead of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from b2batch.assets import REVIEWS_SAMPLE
+from b2batch.cluster.dispatch import DispatchPolicy
+from b2batch.cluster.driver import RunHooks, RunTotals, run_units
+from b2batch.job import PreparedJob, prepare_job
+from b2batch.outputs.finalise import finalise
+from b2batch.outputs.run import RunDirectory
+from b2batch.outputs.store import open_store
+from b2batch.rows import UnitCounts, WorkUnit
+from b2batch.spec import JobSpec, parse_spec
+from b2batch.worker import WorkerArgs
+
+from .process_fleet import ProcessFleet, ReplicaPlan
+
+NUM_ROWS = 24
+NO_PLAN: dict[int, ReplicaPlan] = {}
+
+
+def make_spec(output: Path, **sections: dict[str, Any]) -> JobSpec:
+    document: dict[str, dict[str, Any]] = {
+        "model": {"model": "baichuan2-tiny"},
+        "input": {"path": str(REVIEWS_SAMPLE), "limit": NUM_ROWS, "rows_per_unit": 4},
+        "prompt": {"column": "text"},
+        "sampling": {"max_tokens": 6, "temperature": 4.0, "seed": 3, "ignore_eos": True},
+        "engine": {"max_num_seqs": 4},
+        "output": {"path": str(output)},
+    }
+    for name, keys in sections.items():
+        document[name] = document.get(name, {}) | keys
+    return parse_spec(document)
+
+
+def run_locally(
+    spec: JobSpec,
+    plan_of: Callable[[int], ReplicaPlan] = lambda replica_id: ReplicaPlan(),
+    num_replicas: int = 2,
+    **policy: Any,
+) -> RunTotals:
+    """Run or resume the job to ``_SUCCESS``; replicas suffer what ``plan_of`` says of their ids."""
+    job = prepare_job(spec)
+    directory = RunDirectory.open(
+        open_store(spec.output.path, job.record.run_id), job.record, job.plan.to_bytes()
+    )
+    with directory.take_epoch() as epoch:
+        committed = directory.committed_units(job.plan.units)
+        totals = run_units(
+            [unit for unit in job.plan.units if unit.index not in committed],
+            ProcessFleet(worker_args(job, directory, epoch.number), plan_of),
+            DispatchPolicy(num_replicas=num_replicas, start_timeout_s=120.0, **policy),
+            RunHooks(
+                find_committed=lambda unit: _find_committed(directory, unit),
+                on_progress=lambda progress: None,
+                on_beat=epoch.beat,
+                should_stop=lambda: False,
+            ),
+            drain_grace_s=0.0,
+        )
+        finalise(directory, job.plan.units, job.schema, num_skipped_blank=0, max_error_rate=0.0)
+    return totals
+
+
+def worker_args(job: PreparedJob, directory: RunDirectory, epoch: int) -> WorkerArgs:
+    return WorkerArgs(
+        spec=job.spec,
+        files=job.plan.files,
+        input_schema=job.plan.schema,
+        output_uri=directory.store.uri,
+        run_id=job.record.run_id,
+        epoch=epoch,
+        provenance=job.record.provenance,
+    )
+
+
+def _find_committed(directory: RunDirectory, unit: WorkUnit) -> UnitCounts | None:
+    report = directory.find_part(unit)
+    return report and report.counts

@@ -1,0 +1,111 @@
+"""Replicas as processes of this machine, without Ray: made from a server that has torch loaded already."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from b2batch import failpoints
+from b2batch.cluster.dispatch import Loss
+from b2batch.cluster.fleet import Answer, FleetEvent, Lost
+from b2batch.cluster.replica import Replica, UnitLease
+from b2batch.worker import WorkerArgs, make_worker
+
+from .mutants import planted
+
+POLL_S = 1.0
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["b2batch.worker", "b2batch.cluster.driver"])
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """What a replica is to suffer: a failpoint at which it ends or stops, and a planted bug."""
+
+    failpoint: str = ""
+    mutant: str = ""
+
+
+def serve(connection: Connection, args: WorkerArgs, plan: ReplicaPlan) -> None:
+    """The replica's process: answer polls until the driver is gone."""
+    if plan.failpoint:
+        failpoints.arm(plan.failpoint)
+    with planted(plan.mutant):
+        replica = Replica(lambda: make_worker(args))
+        with contextlib.suppress(EOFError):
+            while True:
+                num_known, leases = connection.recv()
+                connection.send(replica.poll(num_known, leases, POLL_S))
+
+
+@dataclass
+class _Member:
+    process: BaseProcess
+    connection: Connection
+    num_known: int = 0
+    outbox: list[UnitLease] = field(default_factory=list)
+    is_polled: bool = False
+
+
+class ProcessFleet:
+    """A Fleet of processes. ``plan_of`` says what each replica is to suffer, by its id."""
+
+    def __init__(self, args: WorkerArgs, plan_of: Callable[[int], ReplicaPlan]) -> None:
+        self._args, self._plan_of = args, plan_of
+        self._members: dict[int, _Member] = {}
+
+    def start(self, replica_id: int) -> None:
+        ours, theirs = FORKS.Pipe()
+        target = (theirs, self._args, self._plan_of(replica_id))
+        process = FORKS.Process(target=serve, args=target, daemon=True)
+        process.start()
+        theirs.close()
+        self._members[replica_id] = _Member(process, ours)
+
+    def lease(self, replica_id: int, lease: UnitLease) -> None:
+        if replica_id in self._members:
+            self._members[replica_id].outbox.append(lease)
+
+    def kill(self, replica_id: int) -> None:
+        member = self._members.pop(replica_id, None)
+        if member is not None:
+            member.process.kill()
+            member.process.join()
+
+    def pid(self, replica_id: int) -> int:
+        pid = self._members[replica_id].process.pid
+        assert pid is not None
+        return pid
+
+    def wait(self, timeout_s: float) -> list[FleetEvent]:
+        for replica_id, member in list(self._members.items()):
+            if not member.is_polled:
+                self._poll(member)
+        ids: dict[Any, int] = {member.connection: key for key, member in self._members.items()}
+        return [self._receive(ids[connection]) for connection in wait(list(ids), timeout_s)]
+
+    def _poll(self, member: _Member) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its end is told by the answer that does not come
+            member.connection.send((member.num_known, tuple(member.outbox)))
+        member.outbox.clear()
+        member.is_polled = True
+
+    def _receive(self, replica_id: int) -> FleetEvent:
+        member = self._members[replica_id]
+        member.is_polled = False
+        try:
+            update = member.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.kill(replica_id)
+            return Lost(replica_id, Loss.CRASH, f"exit code {member.process.exitcode}")
+        member.num_known = update.num_reports
+        return Answer(replica_id, update)
+
+    def close(self, grace_s: float) -> None:
+        for replica_id in list(self._members):
+            self.kill(replica_id)
