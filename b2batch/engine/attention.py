@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 ATTENTION_NAME = "b2batch"
 
@@ -51,12 +51,27 @@ class PrefixCall:
     num_keys: int
 
 
+class LayerAttention(Protocol):
+    """A step's attention where a device has better than the calls below; it knows the step's stretches."""
+
+    def begin(self) -> None:
+        """Called once before the first layer of each step."""
+        ...
+
+    def attend(
+        self, query_TQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scaling: float, slopes: Tensor | None
+    ) -> Tensor:
+        """A layer's queries against the layer's arena, the new keys and values included: (T, Q, D)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """What the attention function must know of the step and cannot be passed through the model.
 
     ``slots`` (T,) says where each token's key and value go; ``positions`` (T,) its position in its
-    sequence; ``caches`` is (keys, values) of each layer, each (arena tokens, K, D).
+    sequence; ``caches`` is (keys, values) of each layer, each (arena tokens, K, D). With a
+    ``backend`` the calls are not used.
     """
 
     slots: Tensor
@@ -64,6 +79,7 @@ class StepContext:
     own_calls: Sequence[OwnCall]
     prefix_calls: Sequence[PrefixCall]
     caches: Sequence[tuple[Tensor, Tensor]]
+    backend: LayerAttention | None = None
 
 
 _current: ContextVar[StepContext] = ContextVar("b2batch_step")
@@ -95,6 +111,8 @@ def arena_attention(
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
     slopes: Tensor | None = getattr(module, "alibi_slopes", None)
     query_TQD = query[0].transpose(0, 1)
+    if step.backend is not None:
+        return step.backend.attend(query_TQD, keys_SKD, values_SKD, scaling, slopes)[None], None
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
     lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32) if step.prefix_calls else None
     for own in step.own_calls:
@@ -215,6 +233,9 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor
 
 
 def register() -> None:
-    """Make the engine's attention known to transformers, with a mask function that makes no mask."""
+    """Make the engine's attention known to transformers.
+
+    There is no mask function of that name, so transformers makes no mask and does not look at the
+    positions for one, which would have a GPU's host wait in every step.
+    """
     AttentionInterface.register(ATTENTION_NAME, arena_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
