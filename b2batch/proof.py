@@ -6,12 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pyarrow.fs as pafs
-
 from b2batch.errors import CallerError, InputError, IntegrityError
 from b2batch.inputs.files import InputFile
 from b2batch.inputs.plan import Plan
 from b2batch.inputs.unit_reader import UnitReader
+from b2batch.inputs.version import stored_version
 from b2batch.job import prepare_job
 from b2batch.outputs.drift import check_drift
 from b2batch.outputs.footer import digest_rows
@@ -81,8 +80,7 @@ def _digest_unit(reader: UnitReader, unit: WorkUnit) -> str:
 
 
 def _as_it_is(file: InputFile) -> InputFile:
-    filesystem, path = file.locate()
-    info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
+    version = stored_version(file)
+    if version is None:
         raise InputError(f"{file.uri}: the input is gone; --no-input verifies the output by itself")
-    return replace(file, size=info.size or 0, etag=str(info.mtime_ns or ""))
+    return replace(file, size=int(version.partition(" ")[0]), etag=version)

@@ -71,6 +71,10 @@ class InputSpec(_Section):
         default=None, description="a column that names the row; carried, never trusted as unique"
     )
     limit: int | None = Field(default=None, ge=1, description="take only the first rows of the plan")
+    encoding: Literal["utf-8", "gb18030"] = Field(default="utf-8", description="of JSON Lines")
+    on_bad_file: Literal["fail", "skip"] = Field(
+        default="fail", description="skip: a file that cannot be read is one error row, FILE"
+    )
     rows_per_unit: int = Field(
         default=256, ge=1, description="rows a replica leases, retries and commits at once"
     )
@@ -326,7 +330,7 @@ class JobSpec(_Section):
             "task": dump["task"],
             **{name: dump[name] for name in sections},
             "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "device")},
-            "input": {k: dump["input"][k] for k in ("key", "max_record_bytes", "sampling_column")},
+            "input": {k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")},
             "prompt": dump["prompt"],
             "sampling": dump["sampling"],
             "output": {k: dump["output"][k] for k in ("columns", "prefix")},

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from b2batch.errors import DriftError, InputError
+from b2batch.errors import InputError
 from b2batch.storage import open_filesystem
 
 ALLOWED = "JSON Lines (plain, gzip or zstd) and Parquet"
@@ -42,14 +42,14 @@ class FoundFile:
     """A file as the store lists it.
 
     ``path`` is relative to ``root``, and the same on every machine; ``root`` is an absolute local
-    path or a URI in which ``${env:NAME}`` is still a reference. ``etag`` changes when the file is
-    written: the modification time in nanoseconds.
+    path or a URI in which ``${env:NAME}`` is still a reference. ``modified`` is the time of the last
+    write in nanoseconds, empty where the store has none.
     """
 
     root: str
     path: str
     size: int
-    etag: str
+    modified: str
 
     @property
     def uri(self) -> str:
@@ -67,39 +67,23 @@ class FoundFile:
 class InputFile(FoundFile):
     """A file of a plan: found, recognised and scanned.
 
-    ``fingerprint`` is ``sha256:…`` of the stored bytes, or ``fast:…`` over size, time and both ends.
+    ``etag`` is the store's version of it before the scan (see ``stored_version``). ``fingerprint`` is
+    ``sha256:…`` of the stored bytes, or ``fast:…`` over size, time and both ends. ``fault`` says why an
+    unreadable file is one.
     """
 
+    etag: str
     index: int
     format: str
     num_rows: int
     num_blank: int
     fingerprint: str
+    fault: str = ""
 
 
 def mask_credentials(text: str) -> str:
     """``text`` without the user and password of any URI in it."""
     return _CREDENTIALS.sub("://***@", text)
-
-
-def check_unchanged(file: InputFile) -> None:
-    """Compare what the store says of ``file`` now with what the plan says.
-
-    Raises:
-        DriftError: the file was removed, or written since it was planned.
-    """
-    filesystem, path = file.locate()
-    info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
-        raise _drift(file, "the file is gone")
-    if (info.size or 0) != file.size:
-        raise _drift(file, f"{file.size} bytes became {info.size}")
-    if str(info.mtime_ns or "") != file.etag:
-        raise _drift(file, "it was written since it was planned")
-
-
-def _drift(file: InputFile, what: str) -> DriftError:
-    return DriftError(f"{file.uri}: the input changed during the run: {what}")
 
 
 @contextmanager

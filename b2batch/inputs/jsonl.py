@@ -29,18 +29,18 @@ def scan(file: FoundFile, spec: InputSpec) -> FileScan:
                 cutter.add_blank()
                 continue
             if cutter.num_rows < spec.infer_rows:
-                _infer(line, kinds)
+                _infer(line, kinds, spec)
             cutter.add_row(line.start, line.stop)
         fingerprint = stream.fingerprint()
     schema = pa.schema([to_field(name, kind) for name, kind in kinds.items()])
     return FileScan(cutter.num_rows, cutter.num_blank, fingerprint, schema, cutter.spans())
 
 
-def _infer(line: Line, kinds: dict[str, Kind]) -> None:
+def _infer(line: Line, kinds: dict[str, Kind], spec: InputSpec) -> None:
     if line.content is None:
         return
     try:
-        record = parse_record(line.content)
+        record = parse_record(line.content, spec.encoding)
     except RowError:
         return  # the row says so itself when it is read
     for name, value in record.items():
@@ -98,7 +98,7 @@ class JsonlRows:
             limit = f"input.max_record_bytes ({self._spec.max_record_bytes})"
             message = f"{line.stop - line.start} bytes, more than {limit}"
             raise RowError(RowFault.INPUT_TOO_LARGE, message, Stage.READ)
-        return parse_record(line.content)
+        return parse_record(line.content, self._spec.encoding)
 
     def _fit(self, record: dict[str, Any]) -> dict[str, Any]:
         hint = f"; the columns' types come from the first input.infer_rows ({self._spec.infer_rows}) rows"

@@ -156,8 +156,7 @@ def _rooted(matches: Iterable[_Match]) -> Iterator[FoundFile]:
     for match in matches:
         root = shared or match.base
         path = "/".join([*match.base.parts[len(root.parts) :], match.path])
-        size, etag = match.info.size or 0, str(match.info.mtime_ns or "")
-        yield FoundFile(root.uri, path, size, etag)
+        yield FoundFile(root.uri, path, match.info.size or 0, str(match.info.mtime_ns or ""))
 
 
 def _common_base(bases: Sequence[_Place]) -> _Place | None:

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from b2batch.errors import IntegrityError
+from b2batch.errors import InputError, IntegrityError
 from b2batch.inputs import READERS
 from b2batch.inputs.files import FoundFile, InputFile, recognise
 from b2batch.inputs.listing import list_files
 from b2batch.inputs.reader import FileScan
 from b2batch.inputs.schema import SchemaBuilder
+from b2batch.inputs.unreadable import UNREADABLE, scan_unreadable
+from b2batch.inputs.version import stored_version
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
 
@@ -143,18 +145,27 @@ def make_plan(spec: InputSpec) -> Plan:
 
 
 def _scan(found: FoundFile, index: int, spec: InputSpec) -> tuple[InputFile, FileScan]:
-    name = recognise(found, spec.format)
-    scan = READERS[name].scan(found, spec)
+    etag = stored_version(found) or ""
+    fault = ""
+    try:
+        name = recognise(found, spec.format)
+        scan = READERS[name].scan(found, spec)
+    except InputError as error:
+        if spec.on_bad_file == "fail":
+            raise InputError(f"{error}; input.on_bad_file: skip makes such a file one error row") from error
+        name, scan, fault = UNREADABLE, scan_unreadable(found), str(error)
     file = InputFile(
         found.root,
         found.path,
         found.size,
-        found.etag,
+        found.modified,
+        etag=etag,
         index=index,
         format=name,
         num_rows=scan.num_rows,
         num_blank=scan.num_blank,
         fingerprint=scan.fingerprint,
+        fault=fault,
     )
     return file, scan
 

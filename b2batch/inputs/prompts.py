@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import jinja2
@@ -63,10 +64,10 @@ class PromptRenderer:
             for example in spec.examples
             for role, content in (("user", example.user), ("assistant", example.assistant))
         )
-        self._system = None if spec.system is None else _Template("prompt.system", spec.system)
-        self._template = None if spec.template is None else _Template("prompt.template", spec.template)
+        self._system = None if spec.system is None else _compiled("prompt.system", spec.system)
+        self._template = None if spec.template is None else _compiled("prompt.template", spec.template)
         self._turns = [
-            (message.role, _Template(f"prompt.messages[{i}].content", message.content))
+            (message.role, _compiled(f"prompt.messages[{i}].content", message.content))
             for i, message in enumerate(spec.messages or ())
         ]
 
@@ -257,6 +258,12 @@ class _Template:
         if isinstance(error, jinja2.UndefinedError):
             message += f"; the row has: {', '.join(list(map(shown, columns))[:50])}"
         return message
+
+
+@lru_cache(maxsize=64)
+def _compiled(where: str, source: str) -> _Template:
+    """A template of the job, made once: preflight, plan and encoder each ask for it."""
+    return _Template(where, source)
 
 
 def _joined(pieces: Iterable[str]) -> str:

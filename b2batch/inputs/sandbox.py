@@ -105,7 +105,7 @@ def generate(template: jinja2.Template, columns: Mapping[str, Any]) -> Iterator[
         yield piece
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -166,7 +166,7 @@ def _size_joined(separator: str, values: Iterable[Any]) -> int:
     return sum(sizes) + len(separator) * len(sizes)
 
 
-def _size_replaced(s: Any, old: str, new: str, count: int | None = None) -> int:
+def _size_replaced(s: Any, old: Any, new: Any, count: int | None = None) -> int:
     return _size(s) + s.count(old) * len(new) if isinstance(s, str | bytes) else 0
 
 

@@ -61,7 +61,7 @@ def full_fingerprint(file: FoundFile) -> str:
 def fast_fingerprint(file: FoundFile) -> str:
     """``fast:…`` over size, time and both ends; a change in the middle shows only by its time."""
     filesystem, path = file.locate()
-    digest = hashlib.sha256(f"{file.size} {file.etag} ".encode())
+    digest = hashlib.sha256(f"{file.size} {file.modified} ".encode())
     with filesystem.open_input_file(path) as stored:
         digest.update(stored.read(_END_BYTES))
         stored.seek(max(0, file.size - _END_BYTES))

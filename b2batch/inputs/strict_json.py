@@ -13,20 +13,23 @@ MAX_DEPTH = 100
 _MAX_INT_DIGITS = 20
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SHOWN = 80
+_BOM = "\ufeff"
 
 
-def parse_record(content: bytes) -> dict[str, Any]:
-    """The object that a line holds.
+def parse_record(content: bytes, encoding: str = "utf-8") -> dict[str, Any]:
+    """The object that a line holds; ``encoding`` is ``utf-8`` or ``gb18030``.
 
     Raises:
-        RowError: invalid UTF-8, invalid JSON, not an object, a key twice, a number that is not
+        RowError: invalid in its encoding, invalid JSON, not an object, a key twice, a number that is not
             finite or beyond 64 bits, nesting over ``MAX_DEPTH``, or half a surrogate pair.
     """
     try:
-        text = content.decode("utf-8")
+        text = content.decode(encoding)
+        if encoding != "utf-8":
+            text = text.removeprefix(_BOM)  # that of UTF-8 is no part of the line
         record = _DECODER.decode(text)
     except UnicodeDecodeError as error:
-        raise _refused(f"invalid UTF-8 at byte {error.start}: {error.reason}", RowFault.INPUT_UTF8) from None
+        raise _refused(_not_text(error, encoding), RowFault.INPUT_UTF8) from None
     except json.JSONDecodeError as error:
         raise _refused(f"invalid JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
@@ -64,6 +67,11 @@ _JSON_TYPES = {
     bool: "boolean",
     type(None): "null",
 }
+
+
+def _not_text(error: UnicodeDecodeError, encoding: str) -> str:
+    hint = "; is the file GB18030? then set input.encoding" if encoding == "utf-8" else ""
+    return f"invalid {encoding.upper()} at byte {error.start}: {error.reason}{hint}"
 
 
 def _refused(message: str, fault: RowFault = RowFault.INPUT_JSON) -> RowError:

@@ -8,10 +8,13 @@ from typing import Self
 
 import pyarrow as pa
 
+from b2batch.errors import InputError
 from b2batch.inputs import READERS
-from b2batch.inputs.files import InputFile, check_unchanged
+from b2batch.inputs.files import InputFile
 from b2batch.inputs.reader import OpenRows
 from b2batch.inputs.unit import UnitRows
+from b2batch.inputs.unreadable import file_errors
+from b2batch.inputs.version import check_unchanged
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
 
@@ -29,18 +32,26 @@ class UnitReader:
         self._schema = schema
         self._spec = spec
         self._open: tuple[int, OpenRows] | None = None
+        self._versions: dict[int, str] = {}  # file index → a version that holds what was planned
 
     def read(self, unit: WorkUnit) -> UnitRows:
         """The rows of ``unit``.
 
         Raises:
             DriftError: the file is not the one that was planned.
-            InputError: the file is corrupt where the scan did not look.
+            InputError: the file is corrupt where the scan did not look, and ``on_bad_file`` is ``fail``.
         """
         file = self._files[unit.file_index]
-        check_unchanged(file)
+        if file.fault:
+            return file_errors(file, self._schema, unit, file.fault)
+        self._versions[file.index] = check_unchanged(file, self._versions.get(file.index, file.etag))
         try:
             return self._rows_of(file).read(unit)
+        except InputError as error:
+            self.close()
+            if self._spec.on_bad_file == "fail":
+                raise
+            return file_errors(file, self._schema, unit, error)
         except Exception:
             self.close()  # the stream stands nobody knows where: the next attempt begins anew
             raise

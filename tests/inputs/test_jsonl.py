@@ -134,6 +134,39 @@ def test_a_bad_line_is_one_failed_row(tmp_path: Path, bad: str) -> None:
     assert "Traceback" not in failure.message
 
 
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_gb18030_is_read_when_it_is_asked_for(tmp_path: Path, compressor: str) -> None:
+    """Its second bytes may look like a backslash, never like a line end; half a character fails alone."""
+    texts = ["评论很好", '\\"引号"', "镕 㐀 𠀀 € é", "珅\\|乗", "a\u2028b"]
+    lines = [json.dumps({"t": text}, ensure_ascii=False).encode("gb18030") for text in texts]
+    bad = b'{"t": "\xc6"}'
+    (tmp_path / "a.jsonl").write_bytes(
+        COMPRESSORS[compressor]("\ufeff".encode("gb18030") + b"\r\n".join([*lines, bad]))
+    )
+    found = read_all(tmp_path, encoding="gb18030", rows_per_unit=2)
+    assert [row.columns.get("t") for row in found.rows] == [*texts, None]
+    assert found.table["t"].to_pylist() == [*texts, None]
+    assert found.failures[5].fault == RowFault.INPUT_UTF8
+    assert "invalid GB18030 at byte 7" in found.failures[5].message
+    as_utf8 = read_all(tmp_path)
+    assert "input.encoding" in as_utf8.failures[1].message
+    assert as_utf8.plan.digest != found.plan.digest or as_utf8.rows != found.rows
+
+
+def test_many_tiny_rows_take_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"a":1}\n' * 100_000)
+    spec = InputSpec(path=str(tmp_path))
+    tracemalloc.start()
+    plan = make_plan(spec)
+    with UnitReader(plan.files, plan.schema, spec) as reader:
+        for unit in plan.units[:20]:
+            assert len(reader.read(unit).rows) == 256
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.num_rows == 100_000
+    assert peak_bytes < 12 << 20
+
+
 def test_nesting_of_100_and_a_whole_surrogate_pair_are_fine(tmp_path: Path) -> None:
     nested = '{"a":' + "[" * 99 + "]" * 99 + ', "b": "\\ud83d\\ude00"}'
     (tmp_path / "data.jsonl").write_text(nested)

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from b2batch.errors import DriftError, InputError, IntegrityError
-from b2batch.inputs.files import check_unchanged
+from b2batch.errors import DriftError, InputError, IntegrityError, RowFault, Stage
 from b2batch.inputs.plan import Plan, Units, limit_spans, make_plan
 from b2batch.inputs.unit import UnitCutter
 from b2batch.inputs.unit_reader import UnitReader
@@ -279,22 +278,149 @@ def test_a_million_units_are_cheap(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("change", ["size", "time", "gone"])
-def test_a_file_that_changes_during_the_run_is_drift(tmp_path: Path, change: str) -> None:
+def replace_in_place(path: Path) -> None:
+    """Other rows in a file of the same size and time, as ``cp -p`` of another version leaves them."""
+    times = path.stat()
+    text = path.read_text().replace("5", "6")
+    path.with_suffix(".new").write_text(text)
+    os.replace(path.with_suffix(".new"), path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("fingerprint", ["full", "fast"])
+@pytest.mark.parametrize("change", ["size", "content", "replaced", "gone"])
+def test_a_file_that_changes_during_the_run_is_drift(tmp_path: Path, change: str, fingerprint: str) -> None:
     path = write(tmp_path / "a.jsonl", 10)
-    spec = InputSpec(path=str(path), rows_per_unit=2)
+    spec = InputSpec(path=str(path), rows_per_unit=2, fingerprint=fingerprint)
     plan = make_plan(spec)
-    check_unchanged(plan.files[0])
     with UnitReader(plan.files, plan.schema, spec) as reader:
         reader.read(plan.units[0])
         if change == "size":
             write(path, 11)
-        elif change == "time":
-            os.utime(path, (1, 1))
+        elif change == "content":
+            path.write_text(path.read_text().replace("5", "6"))
+        elif change == "replaced":
+            replace_in_place(path)
         else:
             path.unlink()
         with pytest.raises(DriftError, match=r"a\.jsonl: the input changed during the run"):
             reader.read(plan.units[1])
+
+
+@pytest.mark.parametrize("change", ["touched", "linked", "mode"])
+def test_a_file_with_the_same_content_is_the_same_file(tmp_path: Path, change: str) -> None:
+    path = write(tmp_path / "a.jsonl", 10)
+    spec = InputSpec(path=str(path), rows_per_unit=2)
+    plan = make_plan(spec)
+    if change == "touched":
+        os.utime(path, (1, 1))
+    elif change == "linked":
+        os.link(path, tmp_path / "b")
+    else:
+        path.chmod(0o400)
+    with UnitReader(plan.files, plan.schema, spec) as reader:
+        rows = [row.columns["n"] for unit in plan.units for row in reader.read(unit).rows]
+    assert rows == list(range(10))
+
+
+@pytest.mark.parametrize("tag", ["ETag", "etag"])
+def test_an_object_store_says_the_version_itself(
+    tmp_path: Path, tag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One second is how exact its times are: the tag tells two writes within it apart."""
+    store = fsspec.filesystem("memory")
+    told = type(store).info
+    monkeypatch.setattr(
+        type(store),
+        "info",
+        lambda self, path, **more: {**told(self, path, **more), tag: self.cat(path).hex()},
+    )
+    store.pipe("/versions/a.jsonl", b'{"n": 1}\n')
+    created = store.store["/versions/a.jsonl"].modified
+    spec = InputSpec(path="memory://versions/a.jsonl")
+    plan = make_plan(spec)
+    store.pipe("/versions/a.jsonl", b'{"n": 2}\n')
+    store.store["/versions/a.jsonl"].modified = created
+    with (
+        UnitReader(plan.files, plan.schema, spec) as reader,
+        pytest.raises(DriftError, match="written since"),
+    ):
+        reader.read(plan.units[0])
+
+
+# --- files that cannot be read ---------------------------------------------------------------------
+
+
+def parquet_with_a_bad_page(path: Path) -> None:
+    table = pa.table({"n": range(100), "t": [f"text {i:03}" for i in range(100)]})
+    pq.write_table(
+        table, path, compression="none", use_dictionary=False, write_page_checksum=True, row_group_size=50
+    )
+    path.write_bytes(path.read_bytes().replace(b"text 075", b"text 07p"))
+
+
+def bad_file(path: Path, how: str) -> None:
+    good = gzip.compress(b'{"n": 1}\n' * 1000)
+    pq.write_table(pa.table({"n": range(100)}), path)
+    footer_cut = path.read_bytes()[:-20]
+    contents = {
+        "truncated gzip": good[:-20],
+        "wrong CRC": good[:-8] + b"abcd" + good[-4:],
+        "truncated zstd": pa.compress(b'{"n": 1}\n' * 1000, "zstd", asbytes=True)[:-4],
+        "bomb": gzip.compress(b" " * (80 << 20)),
+        "zstd bomb": pa.compress(b" " * (80 << 20), "zstd", asbytes=True),
+        "footer": footer_cut,
+        "image": b"\x89PNG\r\n",
+        "parquet by name": b"PAR1",
+    }
+    path.write_bytes(contents[how])
+
+
+BAD_FILES = (
+    "truncated gzip",
+    "wrong CRC",
+    "truncated zstd",
+    "bomb",
+    "zstd bomb",
+    "footer",
+    "image",
+    "parquet by name",
+)
+
+
+@pytest.mark.parametrize("how", BAD_FILES)
+def test_a_bad_file_ends_the_plan_or_is_one_error_row(tmp_path: Path, how: str) -> None:
+    write(tmp_path / "a.jsonl", 2)
+    bad_file(tmp_path / "b.dat", how)
+    write(tmp_path / "c.jsonl", 2, first=2)
+    with pytest.raises(InputError, match=r"b\.dat: .*input\.on_bad_file"):
+        plan_of(tmp_path)
+    found = read_all(tmp_path, on_bad_file="skip")
+    assert [row.columns.get("n") for row in found.rows] == [0, 1, None, 2, 3]
+    assert found.table["n"].to_pylist() == [0, 1, None, 2, 3]
+    failure = found.failures[2]
+    assert (failure.fault, failure.stage) == (RowFault.FILE, Stage.READ)
+    assert "b.dat: " in failure.message
+    assert found.plan.digest == Plan.from_bytes(found.plan.to_bytes()).digest
+    bad_file(tmp_path / "b.dat", "image" if how != "image" else "footer")
+    assert plan_of(tmp_path, on_bad_file="skip").digest != found.plan.digest, "another file is another plan"
+
+
+def test_a_page_that_the_plan_did_not_see_fails_the_rows_of_its_units(tmp_path: Path) -> None:
+    parquet_with_a_bad_page(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: .*checksum"):
+        read_all(tmp_path, rows_per_unit=10)
+    found = read_all(tmp_path, rows_per_unit=10, on_bad_file="skip")
+    good = [row.columns["n"] for row in found.rows if row.failure is None]
+    assert set(range(50)) <= set(good)
+    assert {failure.fault for failure in found.failures.values()} == {RowFault.FILE}
+    assert 75 in found.failures
+    assert len(found.rows) == 100
+
+
+def test_a_path_without_a_file_is_a_fault_of_the_job_in_any_case(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        plan_of(tmp_path / "missing.jsonl", on_bad_file="skip")
 
 
 def test_credentials_in_a_uri_are_masked_in_messages() -> None:
