@@ -44,6 +44,27 @@ class Checkpoint:
         """The family's key in ``MODELS``, or transformers' own."""
         return str(self.config.get("model_type", "unknown"))
 
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are stored: ``nf4`` or ``int8`` of bitsandbytes, or None in full precision.
+
+        Raises:
+            ModelError: quantised in a way that b2batch does not read.
+        """
+        settings = self.config.get("quantization_config")
+        if not settings:
+            return None
+        is_4bit, is_8bit = bool(settings.get("load_in_4bit")), bool(settings.get("load_in_8bit"))
+        method = str(settings.get("quant_method") or ("bitsandbytes" if is_4bit or is_8bit else "unknown"))
+        kind = str(settings.get("bnb_4bit_quant_type") or "nf4")  # the hub's -4bits need not say it
+        if method != "bitsandbytes" or is_4bit == is_8bit or (is_4bit and kind != "nf4"):
+            found = f"{method}, {kind}" if method == "bitsandbytes" else method
+            raise ModelError(
+                f"{self.source}: the weights are quantised ({found}), and b2batch reads nf4 and int8 of "
+                "bitsandbytes only; use the full-precision checkpoint of the same model"
+            )
+        return "nf4" if is_4bit else "int8"
+
     def digest(self) -> str:
         """sha256 of what makes the answers: configs, tokenizer and weights.
 

@@ -67,7 +67,7 @@ def model_facts(checkpoint: Checkpoint, codec: PromptCodec, spec: ModelSpec) -> 
         num_parameters=_num_parameters(config, num_heads * head_dim, num_kv_heads * head_dim),
         dtype=dtype,
         kv_bytes_per_token=2 * num_layers * num_kv_heads * head_dim * _BYTES_OF_DTYPE.get(dtype, 2),
-        quantization=_quantization(checkpoint.config),
+        quantization=checkpoint.quantization,
     )
 
 
@@ -92,10 +92,3 @@ def _num_parameters(config: Mapping[str, Any], query_size: int, kv_size: int) ->
     norms = 2 * hidden
     heads = 1 if config.get("tie_word_embeddings") else 2
     return heads * vocab * hidden + int(config["num_hidden_layers"]) * (attention + gated + norms) + hidden
-
-
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    settings = config.get("quantization_config")
-    if not settings:
-        return None
-    return str(settings.get("quant_method") or ("4-bit" if settings.get("load_in_4bit") else "unknown"))

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
-from b2batch.errors import ModelError
-from b2batch.models.baichuan import wide_linear
+from b2batch.errors import ModelError, SpecError
+from b2batch.models import quantized
+from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM, wide_linear
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
 from b2batch.spec import ModelSpec
@@ -66,55 +68,109 @@ def pick_dtype(spec: ModelSpec, checkpoint: Checkpoint, device: torch.device) ->
     return cast(torch.dtype, getattr(torch, str(declared)))
 
 
+def pick_quantization(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
+    """``nf4``, ``int8`` or None: as the checkpoint is stored, or as the spec asks for.
+
+    Raises:
+        SpecError: the spec asks for another one than the checkpoint is stored in, or for a compute
+            dtype where nothing is computed in one.
+        ModelError: the checkpoint is quantised in a way that b2batch does not read.
+    """
+    stored = checkpoint.quantization
+    if stored and spec.quantization not in (None, stored):
+        raise SpecError(
+            f"model.quantization: {spec.quantization}, but the weights of {checkpoint.source} are stored as "
+            f"{stored}: leave the key out, or use the full-precision checkpoint"
+        )
+    found = stored or spec.quantization
+    if found != "nf4" and spec.compute_dtype != "auto":
+        raise SpecError(
+            f"model.compute_dtype: {spec.compute_dtype}, but only nf4 weights are computed in one"
+        )
+    return found
+
+
+def pick_compute_dtype(
+    spec: ModelSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> torch.dtype:
+    """What nf4 layers compute in. ``auto``: the checkpoint's on a GPU where it says one, else ``dtype``."""
+    if spec.compute_dtype != "auto":
+        return cast(torch.dtype, getattr(torch, spec.compute_dtype))
+    stored = (checkpoint.config.get("quantization_config") or {}).get("bnb_4bit_compute_dtype")
+    return getattr(torch, str(stored)) if stored and device.type == "cuda" else dtype
+
+
 def load_model(spec: ModelSpec) -> LoadedModel:
     """Load a checkpoint for inference; transformers' own loading, and never any remote code.
 
+    Weights go to the device one tensor at a time, and are quantised there where that is asked for.
+
     Raises:
         ModelError: the files are damaged, or the architecture cannot run on the engine.
+        SpecError: the spec asks for what the checkpoint cannot be.
     """
     checkpoint = open_checkpoint(spec, weights=True)
-    _refuse_quantized(checkpoint)
     family = family_of(checkpoint)
     codec = family.codec(checkpoint, spec)
-    device = pick_device(spec)
-    dtype = pick_dtype(spec, checkpoint, device)
-    overrides = family.config_overrides(checkpoint, spec)
-    model = _from_pretrained(checkpoint, device, dtype, overrides)
+    model = read_model(spec, checkpoint, family.config_overrides(checkpoint, spec))
     if not model._supports_attention_backend:
         raise ModelError(
             f"{checkpoint.source}: {type(model).__name__} does not go through transformers' attention "
             "interface, so the engine cannot run it"
         )
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and dtype != torch.float32:
+    if isinstance(head, nn.Linear) and model.dtype != torch.float32:
         model.set_output_embeddings(WideHead(head))
     return LoadedModel(model.eval().requires_grad_(False), codec, checkpoint)
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    settings = checkpoint.config.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method", "4-bit" if settings.get("load_in_4bit") else "unknown")
-        raise ModelError(
-            f"{checkpoint.source}: the weights are quantised ({method}), which this version cannot load; "
-            "use the full-precision checkpoint of the same model"
-        )
+def read_model(spec: ModelSpec, checkpoint: Checkpoint, overrides: dict[str, Any]) -> PreTrainedModel:
+    """The checkpoint's model with its weights on their device, quantised as asked; its head is its own."""
+    device = pick_device(spec)
+    dtype = pick_dtype(spec, checkpoint, device)
+    method = pick_quantization(spec, checkpoint)
+    compute_dtype = pick_compute_dtype(spec, checkpoint, device, dtype)
+    config = _read_config(checkpoint, overrides)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if device.type == "cuda":
+        options["device_map"] = {"": device}
+    if method is not None:
+        settings = quantized.quantization_settings(method, compute_dtype)
+        if checkpoint.quantization is None:
+            options["quantization_config"] = settings
+        else:
+            config.quantization_config = settings.to_dict()
+    model = _from_pretrained(checkpoint, options)
+    if method is not None:
+        quantized.check_quantized(model, checkpoint.source)
+        quantized.settle_on_cpu(model, compute_dtype)
+    return _in_dtype(model, dtype)
 
 
-def _from_pretrained(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, overrides: dict[str, Any]
-) -> PreTrainedModel:
+def _read_config(checkpoint: Checkpoint, overrides: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{checkpoint.source}: the checkpoint cannot be loaded: {error}") from error
+
+
+def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()  # a replica's stderr is nobody's terminal
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, **overrides)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        weights = _hub_layout_weights(checkpoint)
+        if weights is None:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory, trust_remote_code=False, **options
+            )
+        elif isinstance(options["config"], BaichuanConfig):
+            model, report = BaichuanForCausalLM.from_pretrained(None, state_dict=weights, **options)
+        else:
+            raise ModelError(
+                f"{checkpoint.source}: 4-bit weights of bitsandbytes 0.41 are read for Baichuan only"
+            )
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, ImportError) as error:
         raise ModelError(f"{checkpoint.source}: the checkpoint cannot be loaded: {error}") from error
     except Exception as error:  # safetensors' and pickle's own exception types
         name = type(error).__name__
@@ -125,4 +181,25 @@ def _from_pretrained(
     if missing or report["mismatched_keys"]:
         names = ", ".join(missing[:5] or [str(key) for key in sorted(report["mismatched_keys"])[:5]])
         raise ModelError(f"{checkpoint.source}: weights are missing or of the wrong shape: {names}")
-    return cast(PreTrainedModel, model.to(device))
+    return cast(PreTrainedModel, model)
+
+
+def _hub_layout_weights(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """The weights of a ``-4bits`` checkpoint as today's state dict; None for any other checkpoint.
+
+    The files are mapped, not read: a tensor's pages come in when it goes to its device.
+    """
+    if checkpoint.quantization != "nf4" or any(checkpoint.directory.glob("*.safetensors")):
+        return None
+    weights: dict[str, Any] = {}
+    for path in sorted(checkpoint.directory.glob("*.bin")):
+        weights.update(load_state_dict(path, weights_only=True))
+    return quantized.from_hub_layout(weights) if quantized.is_hub_layout(weights) else None
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """What is not quantised in ``dtype``: transformers leaves it as stored where the rest is quantised."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model

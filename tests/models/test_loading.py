@@ -183,12 +183,6 @@ def test_no_tokenizer(directory: Path) -> None:
     assert "tokenizer.model" in refused(directory)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, {"load_in_4bit": True}])
-def test_quantised_weights(directory: Path, quantization: dict[str, Any]) -> None:
-    edit_config(directory, quantization_config=quantization)
-    assert "quantised" in refused(directory)
-
-
 def test_a_context_longer_than_trained(directory: Path) -> None:
     assert "max_model_len" in refused(directory, SpecError, max_model_len=257)
 
