@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pyarrow as pa
+
 from b2batch.errors import CallerError, InputError, IntegrityError
 from b2batch.inputs.files import InputFile
 from b2batch.inputs.plan import Plan
@@ -24,7 +26,9 @@ from b2batch.spec import InputSpec, JobSpec, parse_spec
 logger = logging.getLogger(__name__)
 
 
-def verify_job(spec: JobSpec, *, with_input: bool = True, repair: bool = False) -> VerifyReport:
+def verify_job(
+    spec: JobSpec, *, with_input: bool = True, repair: bool = False, quarantine: bool = False
+) -> VerifyReport:
     """Prove the output of a job: that it is this job's, over the input as the job finds it today.
 
     Raises:
@@ -34,10 +38,12 @@ def verify_job(spec: JobSpec, *, with_input: bool = True, repair: bool = False) 
     job = prepare_job(spec)
     directory = RunDirectory.existing(open_store(spec.output.path, job.record.run_id))
     check_drift(directory.record, job.record, directory.store.uri)
-    return _verify(directory, job.plan, spec, job.plan.files if with_input else None, repair)
+    return _verify(directory, job.plan, job.plan.files if with_input else None, repair, quarantine)
 
 
-def verify_output(path: str, *, with_input: bool = True, repair: bool = False) -> VerifyReport:
+def verify_output(
+    path: str, *, with_input: bool = True, repair: bool = False, quarantine: bool = False
+) -> VerifyReport:
     """Prove an output directory by itself: the spec and the plan are those that stand in it.
 
     The input is read where the plan says it was. Files may have been copied or touched since: what
@@ -49,17 +55,36 @@ def verify_output(path: str, *, with_input: bool = True, repair: bool = False) -
     """
     run_id = RunDirectory.existing(open_store(path)).record.run_id
     directory = RunDirectory.existing(open_store(path, run_id))
-    plan = Plan.from_bytes(directory.read_plan())
+    plan = stored_plan(directory)
     files = [_as_it_is(file) for file in plan.files] if with_input else None
-    return _verify(directory, plan, parse_spec(directory.record.spec), files, repair)
+    return _verify(directory, plan, files, repair, quarantine)
+
+
+def stored_plan(directory: RunDirectory) -> Plan:
+    """The plan that the run was made from, as it stands in its directory; IntegrityError if it is another."""
+    plan = Plan.from_bytes(directory.read_plan())
+    if plan.digest != directory.record.plan_digest:
+        raise IntegrityError(f"{directory.store.uri}: the stored plan is not the one of its run.json")
+    return plan
+
+
+def stored_schema(directory: RunDirectory, plan: Plan) -> pa.Schema:
+    """The schema of every part of the run."""
+    spec = parse_spec(directory.record.spec)
+    return output_schema(plan.schema, spec, directory.record.provenance.get("hidden_size", 0))
 
 
 def _verify(
-    directory: RunDirectory, plan: Plan, spec: JobSpec, files: Sequence[InputFile] | None, repair: bool
+    directory: RunDirectory,
+    plan: Plan,
+    files: Sequence[InputFile] | None,
+    repair: bool,
+    quarantine: bool,
 ) -> VerifyReport:
-    schema = output_schema(plan.schema, spec, directory.record.provenance.get("hidden_size", 0))
+    spec = parse_spec(directory.record.spec)
     digest = None if files is None else _rows_digest(files, plan, spec.input)
-    return verify(directory, plan.units, schema, digest, repair=repair)
+    schema = stored_schema(directory, plan)
+    return verify(directory, plan.units, schema, digest, repair=repair, quarantine=quarantine)
 
 
 def _rows_digest(files: Sequence[InputFile], plan: Plan, spec: InputSpec) -> RowsDigest:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from b2batch.errors import SpecError
 from b2batch.spec import resolve_env
+
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
+_QUERY_SECRET = re.compile(r"([?&][^=&\s]*(?:secret|token|key|password|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+def mask_credentials(text: str) -> str:
+    """``text`` without the user, password and secret query values of any URI in it."""
+    return _QUERY_SECRET.sub(r"\1***", _USER_INFO.sub("***@", text))
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -54,6 +54,16 @@ def is_job_file(target: Path) -> bool:
     return target.suffix in (".yaml", ".yml") and not target.is_dir()
 
 
+def output_path(target: Path) -> str:
+    """The output directory that an ``OUT|JOB.yaml`` argument means."""
+    if not is_job_file(target):
+        return str(target)
+    from b2batch.job import open_output
+    from b2batch.spec import load_spec
+
+    return open_output(load_spec(target)).uri
+
+
 def log_to_stderr(verbose: bool) -> None:
     """Logging of verbs that read: warnings, or with ``-v`` everything."""
     from b2batch.telemetry import setup_logging

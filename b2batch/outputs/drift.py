@@ -76,10 +76,6 @@ def _diff_files(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any
 def _fingerprint(file: Mapping[str, Any] | None) -> str:
     if file is None:
         return "(absent)"
-    shown = f"{file.get('size')} bytes"
-    # With a content hash the time of writing says nothing more: a copied file is the same input.
-    return (
-        f"{shown}, sha256 {file['sha256'][:12]}"
-        if file.get("sha256")
-        else f"{shown}, etag {file.get('etag')}"
-    )
+    # Not the time of writing: a copied file is the same input.
+    kind, _, digest = str(file.get("fingerprint", "")).partition(":")
+    return f"{file.get('size')} bytes, {kind} {digest[:12]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from b2batch.errors import IntegrityError
+from b2batch.errors import Fenced, IntegrityError
 from b2batch.failpoints import failpoint
 from b2batch.outputs.document import encode_document
-from b2batch.outputs.footer import PartFooter, check_footer, read_footer, read_part_footer
-from b2batch.outputs.generation import parts_of
+from b2batch.outputs.footer import PartFooter, check_footer, read_footers
+from b2batch.outputs.generation import latest_generation, parts_of
 from b2batch.outputs.layout import SUCCESS, part_name
 from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
 from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units, shown_names
@@ -35,7 +35,11 @@ _log = logging.getLogger(__name__)
 class _PartAccount:
     name: str
     sha256: str
-    footer: PartFooter
+    footers: tuple[PartFooter, ...]
+
+    @property
+    def counts(self) -> UnitCounts:
+        return sum((footer.counts for footer in self.footers), UnitCounts())
 
 
 def finalise(
@@ -61,7 +65,7 @@ def finalise(
         _commit_empty_part(directory, schema)
     _set_foreign_aside(directory)
     accounts = _account_for(directory, units)
-    counts = sum((account.footer.counts for account in accounts), UnitCounts())
+    counts = sum((account.counts for account in accounts), UnitCounts())
     num_planned = sum(unit.num_rows for unit in units)
     if counts.num_rows != num_planned:
         raise IntegrityError(f"{num_planned} rows were planned, {counts.num_rows} stand in the parts")
@@ -73,7 +77,7 @@ def finalise(
         counts=counts,
         num_skipped_blank=num_skipped_blank,
         partial=counts.num_error > allowed_errors(counts.num_rows, max_error_rate),
-        parts={account.name: PartDigest(account.sha256, account.footer.num_rows) for account in accounts},
+        parts={account.name: PartDigest(account.sha256, account.counts.num_rows) for account in accounts},
     )
     _remove_staged(directory)
     failpoint("F12")
@@ -107,42 +111,66 @@ def _set_foreign_aside(directory: RunDirectory) -> None:
 
 
 def _account_for(directory: RunDirectory, units: Sequence[WorkUnit]) -> list[_PartAccount]:
-    """What each planned unit's part holds, in unit order; IntegrityError unless parts and units match."""
+    """What each part holds, in unit order; IntegrityError unless each planned unit stands in one part."""
     planned = planned_units(units)
-    there = directory.part_names()
-    missing = sorted(part_name(index, directory.record.run8) for index in planned.keys() - there.keys())
-    if missing:
-        raise IntegrityError(f"{directory.store.uri}: not committed: {shown_names(missing)}")
-    unplanned = sorted(there[index] for index in there.keys() - planned.keys())
-    if unplanned:
-        raise IntegrityError(f"{directory.store.uri}: not in the plan of this run: {shown_names(unplanned)}")
-
-    def account(index: int) -> _PartAccount:
-        data = directory.store.read(there[index])
-        footer = read_footer(data, there[index])
-        check_footer(footer, directory.record.run_id, planned[index], there[index])
-        return _PartAccount(there[index], hashlib.sha256(data).hexdigest(), footer)
-
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(account, sorted(planned)))
+        merged = list(pool.map(lambda name: _account(directory, name, planned), directory.merged_names()))
+        held = {footer.unit_index for account in merged for footer in account.footers}
+        there = _without_late_copies(directory, held)
+        missing = [part_name(i, directory.record.run8) for i in sorted(planned.keys() - there.keys() - held)]
+        if missing:
+            raise IntegrityError(f"{directory.store.uri}: not committed: {shown_names(missing)}")
+        unplanned = [there[index] for index in sorted(there.keys() - planned.keys())]
+        if unplanned:
+            raise IntegrityError(
+                f"{directory.store.uri}: not in the plan of this run: {shown_names(unplanned)}"
+            )
+        single = pool.map(lambda index: _account(directory, there[index], {index: planned[index]}), there)
+        return sorted([*merged, *single], key=lambda account: account.footers[0].unit_index)
+
+
+def _account(directory: RunDirectory, name: str, planned: Mapping[int, WorkUnit]) -> _PartAccount:
+    """What a part holds, every page of it read against its checksum."""
+    data = directory.store.read(name)
+    footers = read_footers(data, name)
+    for footer in footers:
+        check_footer(footer, directory.record.run_id, planned.get(footer.unit_index), name)
+    check_pages(data, name)
+    return _PartAccount(name, hashlib.sha256(data).hexdigest(), footers)
+
+
+def check_pages(data: bytes, name: str) -> None:
+    """Read all of a part; IntegrityError where a page does not have its checksum."""
+    try:
+        pq.read_table(pa.BufferReader(data), page_checksum_verification=True, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{name} is damaged: {error}") from error
+
+
+def _without_late_copies(directory: RunDirectory, held: Set[int]) -> dict[int, str]:
+    """The parts of one unit, less those a late writer made of units that were merged meanwhile."""
+    there = directory.part_names()
+    for index in there.keys() & held:
+        directory.store.delete(there.pop(index))
+    return there
 
 
 def _error_lines(store: Store, accounts: Sequence[_PartAccount]) -> Iterator[bytes]:
     for account in accounts:
-        if account.footer.counts.num_error:
+        if account.counts.num_error:
             for error in read_errors(store, account.name):
                 yield json.dumps(error, ensure_ascii=False).encode() + b"\n"
 
 
 def read_errors(store: Store, name: str) -> Iterator[Mapping[str, Any]]:
     """The failed rows of a part: row_id, input file, and the fields of their ``error``."""
-    footer = read_part_footer(store, name)
     with store.open(name) as file:
-        parquet = pq.ParquetFile(file)
+        paths = {str(footer.file_index): footer.file.get("path") for footer in read_footers(file, name)}
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         row_id, error = (find_own(parquet.schema_arrow, column) for column in ("row_id", "error"))
         table = parquet.read(columns=[row_id, error])
     for row in table.filter(table.column(error).is_valid()).to_pylist():
-        yield {"row_id": row[row_id], "file": footer.file.get("path"), **row[error]}
+        yield {"row_id": row[row_id], "file": paths[row[row_id].partition(":")[0]], **row[error]}
 
 
 def _remove_staged(directory: RunDirectory) -> None:
@@ -153,10 +181,16 @@ def _remove_staged(directory: RunDirectory) -> None:
 
 def _write_success(directory: RunDirectory, success: Success) -> None:
     document = encode_document(success.to_document())
+    current = latest_generation(directory.store)
+    if current is None or current.run_id != directory.record.run_id:
+        raise Fenced(f"{directory.store.uri}: run {directory.record.run8} was replaced by another one")
     if directory.store.put_if_absent(SUCCESS, document):
         return
     found = directory.success()
-    if found is None or found.parts != success.parts:
+    if found is None:  # of a replaced run, by a driver that was away: not ours, and of nobody any more
+        directory.store.put(SUCCESS, document)
+        return
+    if found.parts != success.parts:
         raise IntegrityError(f"{directory.store.uri}: the parts are not those that {SUCCESS} lists")
     if found != success:  # the error budget was changed
         directory.store.put(SUCCESS, document)

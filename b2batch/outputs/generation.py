@@ -1,13 +1,14 @@
 """Which run an output directory holds: ``gen-0001.json`` and its successors, the highest counts.
 
-A directory holds one run. To replace it is to create the next generation, which names the runs that go,
-and then to erase them; the erasure is done again from the start when it was cut short.
+A directory holds one run. Whatever takes committed parts away (to replace the run, to merge its parts) is
+the next generation: its record, created exclusively, says what is to go, and the removal is done again from
+the start when it was cut short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from b2batch.outputs.layout import (
     META,
     PART_PREFIX,
     SUCCESS,
+    PartName,
     RunKeys,
     generation_key,
     parse_generation_key,
@@ -30,6 +32,7 @@ class GenerationKind(StrEnum):
 
     NEW = "new"
     OVERWRITE = "overwrite"
+    COMPACT = "compact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Generation:
     """One run's turn in a directory.
 
     ``replaces`` holds the short ids of all runs before it, the latest last; ``erased`` says that
-    nothing is left of them. A finished run that is done again replaces itself.
+    nothing that had to go is left. A finished run that is done again replaces itself. ``kept`` are
+    further ids, beside the run's own, that stand in the names of its parts: those of its merges.
     """
 
     number: int
@@ -45,17 +49,37 @@ class Generation:
     kind: GenerationKind = GenerationKind.NEW
     replaces: tuple[str, ...] = ()
     erased: bool = True
+    kept: tuple[str, ...] = ()
 
     @property
     def run8(self) -> str:
         """The short id that stands in part names."""
         return self.run_id[:8]
 
+    @property
+    def is_merging(self) -> bool:
+        """Whether a compaction began and did not come to its end."""
+        return self.kind is GenerationKind.COMPACT and not self.erased
+
+    def holds(self, part: PartName) -> bool:
+        """Whether a part of this name belongs to the run."""
+        return part.run8 == self.run8 or part.run8 in self.kept
+
     def successor(self, run_id: str) -> Generation:
         """The generation that puts ``run_id`` in this one's place."""
         earlier = [run8 for run8 in self.replaces if run8 != self.run8]
         return Generation(
-            self.number + 1, run_id, GenerationKind.OVERWRITE, (*earlier, self.run8), erased=False
+            self.number + 1, run_id, GenerationKind.OVERWRITE, (*earlier, *self.kept, self.run8), erased=False
+        )
+
+    def compacted(self, merge8: str) -> Generation:
+        """The generation of the same run in which some parts are merged, into parts named ``merge8``."""
+        return replace(
+            self,
+            number=self.number + 1,
+            kind=GenerationKind.COMPACT,
+            erased=False,
+            kept=(*self.kept, merge8),
         )
 
     @classmethod
@@ -64,7 +88,10 @@ class Generation:
         try:
             fields = dict(document)
             return cls(
-                kind=GenerationKind(fields.pop("kind")), replaces=tuple(fields.pop("replaces")), **fields
+                kind=GenerationKind(fields.pop("kind")),
+                replaces=tuple(fields.pop("replaces")),
+                kept=tuple(fields.pop("kept", ())),
+                **fields,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"a gen-*.json is damaged: {error}") from error
@@ -99,7 +126,12 @@ def erase_replaced(store: Store, generation: Generation, beat: Callable[[], None
             store.delete(key)
     for run8 in replaced:
         store.delete_tree(RunKeys(run8).root)
-    done = Generation(generation.number, generation.run_id, generation.kind, generation.replaces, erased=True)
+    settle_generation(store, generation)
+
+
+def settle_generation(store: Store, generation: Generation) -> None:
+    """Note that nothing is left of what had to go."""
+    done = replace(generation, erased=True)
     store.put(generation_key(generation.number), encode_document(asdict(done)))
 
 

@@ -10,6 +10,8 @@ __b2batch/1f3a9c7e/heartbeat.json  the lease of the newest epoch
 __b2batch/1f3a9c7e/status.json     progress, exit reason
 __b2batch/1f3a9c7e/errors.jsonl    the first failed rows, for eyes
 __b2batch/1f3a9c7e/tmp/            staging; removing it fences the writers of a replaced run
+__b2batch/5b1e77d0/merge.json      which parts a compaction replaces by which; 5b1e77d0 is in their names
+__b2batch/quarantine/              parts of no run of this directory, set aside by ``verify --quarantine``
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 from typing import NamedTuple
 
 META = "__b2batch"
+QUARANTINE = f"{META}/quarantine"
 SUCCESS = "_SUCCESS"
 PART_PREFIX = "part-"
 _PART_NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{8})\.parquet")
@@ -66,6 +69,7 @@ class RunKeys:
         self.status = f"{self.root}/status.json"
         self.errors = f"{self.root}/errors.jsonl"
         self.staging = f"{self.root}/tmp"
+        self.merge = f"{self.root}/merge.json"
 
     def epoch(self, number: int) -> str:
         """The key of epoch ``number`` (from 1)."""

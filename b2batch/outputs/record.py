@@ -7,24 +7,23 @@ that may change bits (``provenance``: recorded, warned about), and those that ne
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from b2batch.errors import IntegrityError
 from b2batch.spec import JobSpec, config_digest
+from b2batch.storage import mask_credentials
 
 # Raised when the same spec, model and rows would give other rows than the version before.
 RESULT_VERSION = 1
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """The content of ``run.json``.
 
-    ``files`` are the input's fingerprints (path, size, etag, sha256 …), kept to say what changed.
+    ``files`` are the input's fingerprints (path, size, sha256 …), kept to say what changed.
     No value holds a secret: ``${env:…}`` stays a reference, and credentials in URIs are masked.
     """
 
@@ -79,7 +78,7 @@ class RunRecord:
 
 def _masked(value: Any) -> Any:
     if isinstance(value, str):
-        return _CREDENTIALS.sub("***@", value)
+        return mask_credentials(value)
     if isinstance(value, Mapping):
         return {key: _masked(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -14,9 +14,11 @@ from b2batch.errors import IntegrityError, OutputError, RunLocked
 from b2batch.failpoints import failpoint
 from b2batch.outputs.document import encode_document, read_document
 from b2batch.outputs.drift import check_drift, diff_values
+from b2batch.outputs.footer import check_footer, read_part_footers
 from b2batch.outputs.generation import Generation, create_generation, erase_replaced, latest_generation
 from b2batch.outputs.layout import META, PART_PREFIX, SUCCESS, RunKeys, parse_part_name
 from b2batch.outputs.lease import Epoch, take_epoch
+from b2batch.outputs.merge import complete_merge
 from b2batch.outputs.parts import EMPTY_UNIT, find_part
 from b2batch.outputs.record import RunRecord
 from b2batch.outputs.store import Store
@@ -72,7 +74,7 @@ class RunDirectory:
             create_generation(store, Generation(1, record.run_id))
             return cls.open(store, record, plan)  # another driver may have been first: its run decides
         is_same = current.run_id == record.run_id
-        is_finished = current.erased and store.exists(SUCCESS)
+        is_finished = _is_finished(store, current, may_be_damaged=overwrite)
         if overwrite and (is_finished or not is_same):
             _replace(store, current, record, plan)
             return cls.open(store, record, plan)
@@ -100,22 +102,21 @@ class RunDirectory:
 
     def success(self) -> Success | None:
         """What ``_SUCCESS`` says of this run, or None while it is not finished."""
-        if not self.generation.erased:
-            return None
-        try:
-            success = Success.from_document(read_document(self.store, SUCCESS))
-        except FileNotFoundError:
-            return None
-        if success.run_id != self.record.run_id:
-            raise IntegrityError(
-                f"{self.store.uri}/{SUCCESS} is of run {success.run_id[:8]}, not of {self.record.run8}"
-            )
-        return success
+        return read_success(self.store, self.generation)
 
     def part_names(self) -> dict[int, str]:
-        """Unit index → name of each part of this run that is there, by one listing."""
+        """Unit index → name of each part of one unit of this run that is there, by one listing."""
         names = ((key, parse_part_name(key)) for key, _ in self.store.list(PART_PREFIX))
         return {name.unit_index: key for key, name in names if name and name.run8 == self.record.run8}
+
+    def merged_names(self) -> list[str]:
+        """The names of the parts that compactions made, in the order of their units."""
+        if not self.generation.kept:
+            return []
+        names = ((parse_part_name(key), key) for key, _ in self.store.list(PART_PREFIX))
+        return [
+            key for name, key in sorted((n, k) for n, k in names if n) if name.run8 in self.generation.kept
+        ]
 
     def committed_units(self, units: Sequence[WorkUnit]) -> dict[int, UnitCounts]:
         """What is committed of the planned ``units``: unit index → counts. Reads footers only.
@@ -129,7 +130,19 @@ class RunDirectory:
         if unplanned:
             raise IntegrityError(f"{self.store.uri}: not in the plan of this run: {shown_names(unplanned)}")
         reports = _read_each(self._find_or_advise, [planned[index] for index in sorted(there)])
-        return {report.unit_index: report.counts for report in reports}
+        counts = {report.unit_index: report.counts for report in reports}
+        for name in self.merged_names():
+            counts |= self._merged_units(name, planned)
+        return counts
+
+    def _merged_units(self, name: str, planned: Mapping[int, WorkUnit]) -> dict[int, UnitCounts]:
+        try:
+            footers = read_part_footers(self.store, name)
+            for footer in footers:
+                check_footer(footer, self.record.run_id, planned.get(footer.unit_index), name)
+        except IntegrityError as error:
+            raise _advised(error) from error
+        return {footer.unit_index: footer.counts for footer in footers}
 
     def find_part(self, unit: WorkUnit) -> UnitReport | None:
         """The receipt of ``unit`` when it is committed, whoever committed it; else None.
@@ -148,15 +161,52 @@ class RunDirectory:
 
     def _is_part(self, key: str) -> bool:
         name = parse_part_name(key)
-        return name is not None and name.run8 == self.record.run8
+        return name is not None and self.generation.holds(name)
 
     def _find_or_advise(self, unit: WorkUnit) -> UnitReport:
         try:
             return find_part(self.store, self.record.run_id, unit)
         except IntegrityError as error:
-            raise IntegrityError(
-                f"{error}. `b2batch verify --repair` removes it, so that the next run makes it again."
-            ) from error
+            raise _advised(error) from error
+
+
+def _advised(error: IntegrityError) -> IntegrityError:
+    return IntegrityError(
+        f"{error}. `b2batch verify --repair` removes it, so that the next run makes it again."
+    )
+
+
+def read_success(store: Store, generation: Generation) -> Success | None:
+    """What ``_SUCCESS`` says of a generation's run, or None while it is not finished.
+
+    One that a driver of a replaced run wrote late says nothing of this run.
+
+    Raises:
+        IntegrityError: it is damaged, or of a run that was never here.
+    """
+    if not generation.erased:
+        return None
+    try:
+        success = Success.from_document(read_document(store, SUCCESS))
+    except FileNotFoundError:
+        return None
+    if success.run_id == generation.run_id:
+        return success
+    if success.run_id[:8] in generation.replaces:
+        return None
+    raise IntegrityError(
+        f"{store.uri}/{SUCCESS} is of run {success.run_id[:8]}, not of {generation.run8}; "
+        "`b2batch verify --repair` removes it"
+    )
+
+
+def _is_finished(store: Store, generation: Generation, may_be_damaged: bool) -> bool:
+    try:
+        return read_success(store, generation) is not None
+    except IntegrityError:
+        if may_be_damaged:  # it is going to be replaced
+            return True
+        raise
 
 
 def _read_each(read: Callable[[WorkUnit], UnitReport], units: Sequence[WorkUnit]) -> list[UnitReport]:
@@ -225,9 +275,19 @@ def _write_run(store: Store, record: RunRecord, plan: bytes) -> None:
 def _resume(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:
     store.probe()
     _write_run(store, record, plan)
-    if not current.erased:
+    if current.is_merging:
+        with take_epoch(store, current.run8) as epoch:
+            finish_merge(store, epoch)
+    elif not current.erased:
         with take_epoch(store, current.replaces[-1]) as epoch:
             _erase(store, epoch)
+
+
+def finish_merge(store: Store, epoch: Epoch) -> None:
+    """Complete a compaction that was cut short, under its run's lease; nothing to do where there is none."""
+    generation = latest_generation(store)  # read again under the lease: it may be done by now
+    if generation is not None and generation.is_merging:
+        complete_merge(store, generation, epoch.beat)
 
 
 def _replace(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from b2batch.errors import IntegrityError
-from b2batch.outputs.footer import check_footer, read_footer
-from b2batch.outputs.layout import SUCCESS, part_name
+from b2batch.errors import IntegrityError, StorageError
+from b2batch.outputs.footer import PartFooter, check_footer, read_footers
+from b2batch.outputs.layout import QUARANTINE, SUCCESS, parse_part_name, part_name
 from b2batch.outputs.parts import planned_row_ids
 from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units
 from b2batch.outputs.schema import find_own
@@ -21,16 +23,23 @@ from b2batch.outputs.success import Success
 from b2batch.rows import UnitCounts, WorkUnit
 
 RowsDigest = Callable[[WorkUnit], str]
+_CUT_SHORT = "a compaction was cut short: `b2batch compact` or the next run completes it"
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was read and everything found wrong, one line a problem; ``removed`` by ``repair``."""
+    """What was read and everything found wrong, one line a problem.
+
+    ``removed`` by ``repair``, ``set_aside`` by ``quarantine``. ``foreign`` are files of nobody's run that
+    whoever reads the directory as a dataset meets: not a fault of the run, but worth knowing.
+    """
 
     num_parts: int
     num_rows: int
     problems: tuple[str, ...]
     removed: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()
 
     @property
     def is_proved(self) -> bool:
@@ -41,8 +50,12 @@ class VerifyReport:
 @dataclass(frozen=True, slots=True)
 class _PartFinding:
     name: str
-    counts: UnitCounts
+    footers: tuple[PartFooter, ...]
     problems: tuple[str, ...]
+
+    @property
+    def counts(self) -> UnitCounts:
+        return sum((footer.counts for footer in self.footers), UnitCounts())
 
 
 def verify(
@@ -52,6 +65,7 @@ def verify(
     rows_digest: RowsDigest | None = None,
     *,
     repair: bool = False,
+    quarantine: bool = False,
 ) -> VerifyReport:
     """Read every byte of the output and compare it with the plan, ``_SUCCESS`` and the input.
 
@@ -60,60 +74,96 @@ def verify(
             threads. None: the input is not looked at.
         repair: take the lease, remove damaged parts, and ``_SUCCESS`` with them, so that the next run
             makes them again.
+        quarantine: take the lease, and move parts of no run of this directory under ``__b2batch``.
 
     Raises:
-        RunLocked: ``repair``, and the run has a live driver.
+        RunLocked: ``repair`` or ``quarantine``, and the run has a live driver.
+        StorageError: the output cannot be reached.
     """
     planned = planned_units(units)
-    there = directory.part_names()
-    problems: list[str] = []
+    success, problems = _read_success(directory)
+
+    def examine(name: str) -> _PartFinding:
+        return _examine_part(directory, name, planned, schema, success, rows_digest)
+
+    names = [*directory.merged_names(), *(name for _, name in sorted(directory.part_names().items()))]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        findings = list(pool.map(examine, names))
+    problems += [problem for finding in findings for problem in finding.problems]
+    held = Counter(footer.unit_index for finding in findings for footer in finding.footers)
+    missing = _missing(directory, planned, held, names)
+    late = _late_copies(directory, held)
+    foreign = directory.foreign_files()
+    strays = [key for key in foreign if parse_part_name(key)]
+    problems += [f"{name}: missing" for name in missing]
+    problems += [f"{name}: its rows stand in a merged part too" for name in late]
+    problems += _account_problems(directory, findings, success, strays)
+    bad = {finding.name for finding in findings if finding.problems}.union(late)
+    is_broken = bool(bad or missing) or (success is None and directory.store.exists(SUCCESS))
+    return VerifyReport(
+        num_parts=len(findings),
+        num_rows=sum(finding.counts.num_rows for finding in findings),
+        problems=tuple(problems),
+        removed=_repair(directory, sorted(bad)) if repair and is_broken else (),
+        foreign=tuple(key for key in foreign if key not in strays),
+        set_aside=_set_aside(directory, strays) if quarantine and strays else (),
+    )
+
+
+def _read_success(directory: RunDirectory) -> tuple[Success | None, list[str]]:
+    """What ``_SUCCESS`` says, and what is wrong with it."""
+    if directory.generation.is_merging:
+        return None, [_CUT_SHORT]
     try:
         success = directory.success()
     except IntegrityError as error:
-        success, problems = None, [str(error)]
-    if success is None and not problems:
-        problems.append(f"{SUCCESS} is missing: the run is not finished")
-
-    def examine(index: int) -> _PartFinding:
-        return _examine_part(directory, there[index], planned[index], schema, success, rows_digest)
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        findings = list(pool.map(examine, sorted(planned.keys() & there.keys())))
-    problems += [problem for finding in findings for problem in finding.problems]
-    missing = [part_name(index, directory.record.run8) for index in sorted(planned.keys() - there.keys())]
-    unplanned = [there[index] for index in sorted(there.keys() - planned.keys())]
-    problems += [f"{name}: missing" for name in missing]
-    problems += [f"{name}: not in the plan" for name in unplanned]
-    problems += _account_problems(directory, findings, success)
-    bad = [finding.name for finding in findings if finding.problems] + unplanned
-    removed = _repair(directory, bad, missing) if repair and problems else ()
-    num_rows = sum(finding.counts.num_rows for finding in findings)
-    return VerifyReport(len(findings), num_rows, tuple(problems), removed)
+        return None, [str(error)]
+    return success, [] if success else [f"{SUCCESS} is missing: the run is not finished"]
 
 
 def _examine_part(
     directory: RunDirectory,
     name: str,
-    unit: WorkUnit,
+    planned: Mapping[int, WorkUnit],
     schema: pa.Schema,
     success: Success | None,
     rows_digest: RowsDigest | None,
 ) -> _PartFinding:
-    data = directory.store.read(name)
-    problems = list(_digest_problems(name, data, success))
     try:
-        footer = read_footer(data, name)
-        check_footer(footer, directory.record.run_id, unit, name)
+        data = directory.store.read(name)
+        footers = read_footers(data, name)
+        units = [_planned_unit(directory, footer, planned, name) for footer in footers]
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         table.validate(full=True)
+    except FileNotFoundError:
+        return _PartFinding(name, (), (f"{name}: it went away meanwhile",))
     except (IntegrityError, pa.ArrowException, OSError) as error:
+        if isinstance(error, StorageError) and error.errno != errno.EIO:
+            raise  # a store that cannot be reached says nothing of the part; a bad sector does
         message = str(error).partition("\n")[0]
-        problems.append(message if name in message else f"{name}: damaged: {message}")
-        return _PartFinding(name, UnitCounts(), tuple(problems))
-    problems += [f"{name}: {problem}" for problem in _table_problems(table, schema, unit, footer.counts)]
-    if rows_digest is not None and rows_digest(unit) != footer.rows_digest:
-        problems.append(f"{name}: its rows are not those of the input {footer.file.get('path', '')}")
-    return _PartFinding(name, footer.counts, tuple(problems))
+        return _PartFinding(name, (), (message if name in message else f"{name}: damaged: {message}",))
+    problems = list(_digest_problems(name, data, success))
+    problems += [f"{name}: {problem}" for problem in _table_problems(table, schema, units, footers)]
+    if rows_digest is not None:
+        changed = [
+            footer
+            for footer, unit in zip(footers, units, strict=True)
+            if rows_digest(unit) != footer.rows_digest
+        ]
+        problems += [f"{name}: its rows are not those of the input {path}" for path in _paths(changed)]
+    return _PartFinding(name, footers, tuple(problems))
+
+
+def _planned_unit(
+    directory: RunDirectory, footer: PartFooter, planned: Mapping[int, WorkUnit], name: str
+) -> WorkUnit:
+    """The unit that a footer is of; a part of one unit must be of the one that it is named after."""
+    parsed = parse_part_name(name)
+    is_single = parsed is not None and parsed.run8 == directory.record.run8
+    unit = planned.get(parsed.unit_index if parsed and is_single else footer.unit_index)
+    check_footer(footer, directory.record.run_id, unit, name)
+    assert unit is not None  # else check_footer had raised
+    return unit
 
 
 def _digest_problems(name: str, data: bytes, success: Success | None) -> Iterator[str]:
@@ -126,38 +176,87 @@ def _digest_problems(name: str, data: bytes, success: Success | None) -> Iterato
         yield f"{name}: sha256 is not the one in {SUCCESS}: changed since it was committed"
 
 
-def _table_problems(table: pa.Table, schema: pa.Schema, unit: WorkUnit, counts: UnitCounts) -> Iterator[str]:
+def _table_problems(
+    table: pa.Table, schema: pa.Schema, units: Sequence[WorkUnit], footers: Sequence[PartFooter]
+) -> Iterator[str]:
     if not table.schema.equals(schema):
         yield "its schema is not that of the job"
         return
-    if table.column(find_own(schema, "row_id")).to_pylist() != planned_row_ids(unit):
+    row_ids = [row_id for unit in units for row_id in planned_row_ids(unit)]
+    if table.column(find_own(schema, "row_id")).to_pylist() != row_ids:
         yield "its row_ids are not the planned ones in order"
-    status = table.column(find_own(schema, "status"))
-    is_ok, has_error = pc.equal(status, "ok"), table.column(find_own(schema, "error")).is_valid()
-    if pc.sum(is_ok).as_py() not in (counts.num_ok, None) or pc.any(pc.equal(is_ok, has_error)).as_py():
-        yield "status, error and the counts of its footer disagree"
+        return
+    first = 0
+    for footer in footers:
+        if not _has_counts(table.slice(first, footer.num_rows), schema, footer.counts):
+            yield "status, error and the counts of its footer disagree"
+        first += footer.num_rows
+
+
+def _has_counts(rows: pa.Table, schema: pa.Schema, counts: UnitCounts) -> bool:
+    is_ok = pc.equal(rows.column(find_own(schema, "status")), "ok")
+    has_error = rows.column(find_own(schema, "error")).is_valid()
+    is_contradictory = pc.any(pc.equal(is_ok, has_error)).as_py()
+    return pc.sum(is_ok).as_py() in (counts.num_ok, None) and not is_contradictory
+
+
+def _paths(footers: Iterable[PartFooter]) -> list[str]:
+    return sorted({str(footer.file.get("path", "")) for footer in footers})
+
+
+def _missing(
+    directory: RunDirectory, planned: Mapping[int, WorkUnit], held: Mapping[int, int], names: Iterable[str]
+) -> list[str]:
+    """The parts of units that no sound part holds, but for those that are there and damaged."""
+    missing = [part_name(index, directory.record.run8) for index in sorted(planned.keys() - held.keys())]
+    there = set(names)
+    return [name for name in missing if name not in there]
+
+
+def _late_copies(directory: RunDirectory, held: Mapping[int, int]) -> list[str]:
+    """Parts of one unit that a merged part holds too, committed by somebody who was away meanwhile."""
+    if directory.generation.is_merging:
+        return []
+    return [name for index, name in directory.part_names().items() if held.get(index, 0) > 1]
 
 
 def _account_problems(
-    directory: RunDirectory, findings: Sequence[_PartFinding], success: Success | None
+    directory: RunDirectory,
+    findings: Sequence[_PartFinding],
+    success: Success | None,
+    strays: Sequence[str],
 ) -> Iterator[str]:
     if success is not None:
         total = sum((finding.counts for finding in findings), UnitCounts())
         if total != success.counts:
             yield f"{SUCCESS} counts {success.counts.num_rows} rows, the sound parts hold {total.num_rows}"
-    for key in directory.foreign_files():
-        yield f"{key}: not a file of this run"
+    for key in strays:
+        yield f"{key}: not a part of this run, but whoever reads the directory takes it in"
     for key, _ in directory.store.list(f"{directory.keys.staging}/"):
         yield f"{key}: left behind by a writer that died"
 
 
-def _repair(directory: RunDirectory, bad: Sequence[str], missing: Sequence[str]) -> tuple[str, ...]:
-    """Remove bad parts, and ``_SUCCESS`` where a part is to be made again."""
-    if not bad and not missing:
+def _repair(directory: RunDirectory, bad: Sequence[str]) -> tuple[str, ...]:
+    """Remove bad parts, and ``_SUCCESS``, so that the next run makes what is missing again."""
+    if directory.generation.is_merging:
         return ()
+    directory.store.probe()
     with directory.take_epoch() as epoch:
         directory.store.delete(SUCCESS)
         for name in bad:
             epoch.beat()
             directory.store.delete(name)
     return (SUCCESS, *bad)
+
+
+def _set_aside(directory: RunDirectory, strays: Sequence[str]) -> tuple[str, ...]:
+    """Move parts of other runs to where no reader of the directory looks, each under its content's name."""
+    store = directory.store
+    store.probe()
+    with directory.take_epoch() as epoch:
+        for key in strays:
+            data = store.read(key)
+            epoch.beat()
+            store.put_if_absent(f"{QUARANTINE}/{hashlib.sha256(data).hexdigest()[:8]}-{key}", data)
+            store.delete(key)
+    return tuple(strays)

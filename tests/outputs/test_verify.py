@@ -135,7 +135,7 @@ def test_foreign_part_and_leftover_are_listed_and_left_alone(finished: MemorySto
     finished.objects[stray] = finished.objects[leftover] = b"?"
     report = proof(finished, repair=True)
     assert report.problems == (
-        f"{stray}: not a file of this run",
+        f"{stray}: not a part of this run, but whoever reads the directory takes it in",
         f"{leftover}: left behind by a writer that died",
     )
     assert report.removed == ()

@@ -53,12 +53,14 @@ def make_record(
     units: Sequence[WorkUnit],
     *,
     files: Sequence[dict[str, Any]] = (
-        {"path": "reviews.jsonl", "size": 99, "etag": "1", "sha256": "ab" * 32},
+        {"path": "reviews.jsonl", "size": 99, "etag": "1", "fingerprint": f"sha256:{'ab' * 32}"},
     ),
     model_digest: str = "weights",
     provenance: dict[str, Any] | None = None,
 ) -> RunRecord:
-    plan = repr((units, spec.input.limit, [(file["path"], file["size"], file["sha256"]) for file in files]))
+    plan = repr(
+        (units, spec.input.limit, [(file["path"], file["size"], file["fingerprint"]) for file in files])
+    )
     return RunRecord.make(
         spec,
         plan_digest=hashlib.sha256(plan.encode()).hexdigest(),
