@@ -36,7 +36,7 @@ from b2batch.outputs.schema import output_schema
 from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
 from b2batch.rows import UnitCounts, WorkUnit
-from b2batch.spec import JobSpec
+from b2batch.spec import JobSpec, mask_env
 from b2batch.telemetry import Progress
 
 logger = logging.getLogger(__name__)
@@ -328,7 +328,7 @@ class _Run:
         if exit_code == 3:
             state = RunState.SUCCEEDED  # every row is accounted for; the code says that too many failed
         try:
-            self._write_status(state, exit_code=exit_code, reason=str(error)[:2000])
+            self._write_status(state, exit_code=exit_code, reason=mask_env(str(error))[:2000])
         except (OSError, B2BatchError) as second:
             logger.warning("the status could not be written: %s", second)
 

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import SpecError
@@ -30,10 +38,33 @@ MAX_JOB_FILE_BYTES = 256 * 1024
 _FRAGMENT_DIRECTORY = Path("configs", "models")
 _FRAGMENT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _ENV_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+# A password, which may hold a slash; host:port/ is none. And a secret in what follows the ?.
+_PASSWORD = re.compile(r"://[^/@\s:]*:(?!\d+(?:/|$))[^@\s]+@")
+_QUERY_SECRET = re.compile(r"[?&][^=&\s]*(?:secret|token|password|access_key)[^=&\s]*=[^&\s]", re.IGNORECASE)
+_SHORTEST_SECRET = 4
+_put_in: dict[str, str] = {}  # value → reference, of all that this process resolved
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _without_secrets(text: str) -> str:
+    """Refuse what would be copied into the output's records, into logs and to every node."""
+    if _holds_secret(text):
+        raise ValueError(
+            "a password or key stands in it, which would be written down with the run: put it in the "
+            "environment of the driver and the nodes, and write ${env:NAME} here"
+        )
+    return text
+
+
+def _holds_secret(text: str) -> bool:
+    literal = _ENV_REFERENCE.sub("", text)
+    return bool(_PASSWORD.search(literal) or _QUERY_SECRET.search(literal))
+
+
+Location = Annotated[str, AfterValidator(_without_secrets)]
 
 
 def _as_list(value: Any) -> Any:
@@ -47,7 +78,9 @@ class ModelSpec(_Section):
     ``models/baichuan.py``); other families ignore neither silently: they refuse them.
     """
 
-    model: str = Field(description="hub id, local path, ms://… (ModelScope), or a name from configs/models")
+    model: Location = Field(
+        description="hub id, local path, ms://… (ModelScope), or a name from configs/models"
+    )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["nf4", "int8"] | None = Field(
@@ -65,7 +98,7 @@ class ModelSpec(_Section):
 class InputSpec(_Section):
     """The prompt dataset. ``path`` may be files, globs and directories, local or on an object store."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    path: Annotated[tuple[Location, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     format: Literal["auto", "jsonl", "parquet"] = "auto"
     key: str | None = Field(
         default=None, description="a column that names the row; carried, never trusted as unique"
@@ -195,7 +228,7 @@ class SamplingSpec(_Section):
 class OutputSpec(_Section):
     """Where the Parquet dataset goes and which input columns stand in it."""
 
-    path: str = Field(description="a directory; {run8} becomes the run's short id")
+    path: Location = Field(description="a directory; {run8} becomes the run's short id")
     columns: tuple[str, ...] | None = Field(default=None, description="input columns to carry; null: all")
     prefix: str | None = Field(default=None, description="put before b2batch's own column names")
 
@@ -266,7 +299,7 @@ class EngineSpec(_Section):
 class ClusterSpec(_Section):
     """Where replicas run. ``replicas: auto`` is as many as the GPUs (or cores) carry."""
 
-    address: str = Field(
+    address: Location = Field(
         default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…"
     )
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -330,7 +363,9 @@ class JobSpec(_Section):
             "task": dump["task"],
             **{name: dump[name] for name in sections},
             "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "device")},
-            "input": {k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")},
+            "input": {
+                k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")
+            },
             "prompt": dump["prompt"],
             "sampling": dump["sampling"],
             "output": {k: dump["output"][k] for k in ("columns", "prefix")},
@@ -361,11 +396,24 @@ def resolve_env(text: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         try:
-            return os.environ[match[1]]
+            found = os.environ[match[1]]
         except KeyError:
             raise SpecError(f"the environment variable {match[1]}, used as {match[0]}, is not set") from None
+        _put_in[found] = match[0]
+        return found
 
     return _ENV_REFERENCE.sub(value, text)
+
+
+def mask_env(text: str) -> str:
+    """``text`` with each value that ``resolve_env`` has put in turned back into its reference.
+
+    For what libraries say of a path or URI. Values of under 4 characters, which stand in any text, stay.
+    """
+    for value in sorted(_put_in, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, _put_in[value])
+    return text
 
 
 # --- reading the job file ------------------------------------------------------------------------
@@ -393,16 +441,18 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds, read strictly; SpecError names the file and the line."""
     try:
-        if path.stat().st_size > MAX_JOB_FILE_BYTES:
-            raise SpecError(f"{path}: larger than {MAX_JOB_FILE_BYTES} bytes, which no job file is")
-        document = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        with path.open("rb") as file:
+            content = file.read(MAX_JOB_FILE_BYTES + 1)  # a pipe or device has no size to ask for
+        if len(content) > MAX_JOB_FILE_BYTES:
+            raise SpecError(f"larger than {MAX_JOB_FILE_BYTES} bytes, which no job file is")
+        document = yaml.load(content.decode("utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise SpecError(f"{path}: there is no such job file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
-    except (yaml.YAMLError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path}: a job file is a mapping of keys, found {type(document).__name__}")
@@ -418,7 +468,7 @@ def apply_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> di
             raise SpecError(f"--set {override}: expected KEY=VALUE, such as sampling.max_tokens=64")
         try:
             values[dotted] = yaml.load(text, _StrictLoader) if text else None
-        except (yaml.YAMLError, TypeError, RecursionError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise SpecError(
                 f"--set {override}: not a YAML value: {error}; "
                 "text with braces needs quotes: KEY='\"{{ text }}\"'"
@@ -560,7 +610,8 @@ def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{dotted}: {message}" if location else message  # a whole-job check names its field itself
-    return f"{dotted}: {message}, found {fault['input']!r}"
+    found = repr(fault["input"])
+    return f"{dotted}: {message}" + ("" if _holds_secret(found) else f", found {found}")
 
 
 def _known_keys(location: list[str]) -> list[str]:

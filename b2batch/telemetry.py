@@ -9,6 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from b2batch.spec import mask_env
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -84,6 +86,14 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class _HideSecrets(logging.Filter):
+    """Turns what the environment put into a path or URI back into ``${env:NAME}``."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask_env(record.getMessage()), None
+        return True
+
+
 def setup_logging(
     level: int | str = logging.INFO, *, json_lines: bool = False, console: Console | None = None
 ) -> None:
@@ -95,7 +105,9 @@ def setup_logging(
     logger = logging.getLogger(LOGGER_NAME)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    logger.addHandler(_make_handler(json_lines, console))
+    handler = _make_handler(json_lines, console)
+    handler.addFilter(_HideSecrets())
+    logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
 

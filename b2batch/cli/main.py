@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperGroup
 
 from b2batch.cli.bench import bench
-from b2batch.cli.compact import compact
 from b2batch.cli.doctor import doctor
 from b2batch.cli.init import init
 from b2batch.cli.models import models
@@ -33,7 +32,9 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except B2BatchError as error:
-            typer.echo(f"error: {error}", err=True)
+            from b2batch.spec import mask_env
+
+            typer.echo(f"error: {mask_env(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-for verb in (init, validate, plan, preview, run, status, verify, compact, doctor, bench):
+for verb in (init, validate, plan, preview, run, status, verify, doctor, bench):
     app.command()(verb)
 app.add_typer(models, name="models")
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from b2batch.errors import InputError
+from b2batch.spec import mask_env
 from b2batch.storage import open_filesystem
 
 ALLOWED = "JSON Lines (plain, gzip or zstd) and Parquet"
@@ -82,8 +83,8 @@ class InputFile(FoundFile):
 
 
 def mask_credentials(text: str) -> str:
-    """``text`` without the user and password of any URI in it."""
-    return _CREDENTIALS.sub("://***@", text)
+    """``text`` without the user and password of any URI, and without what the environment put in."""
+    return _CREDENTIALS.sub("://***@", mask_env(text))
 
 
 @contextmanager

@@ -423,10 +423,12 @@ def test_a_path_without_a_file_is_a_fault_of_the_job_in_any_case(tmp_path: Path)
         plan_of(tmp_path / "missing.jsonl", on_bad_file="skip")
 
 
-def test_credentials_in_a_uri_are_masked_in_messages() -> None:
-    with pytest.raises(InputError) as caught:
-        plan_of("memory://user:secret@x/missing.jsonl")
-    assert "secret" not in str(caught.value)
+def test_credentials_in_a_uri_are_masked_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("B2_TEST_KEY", "canary/with+slash")
+    for path in ("memory://canary@x/missing.jsonl", "memory://user:${env:B2_TEST_KEY}@x/missing.jsonl"):
+        with pytest.raises(InputError, match=r"missing\.jsonl") as caught:
+            plan_of(path)
+        assert "canary" not in str(caught.value)
 
 
 @pytest.mark.shared
