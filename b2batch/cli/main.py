@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from b2batch.cli.bench import bench
+from b2batch.cli.compact import compact
 from b2batch.cli.doctor import doctor
 from b2batch.cli.init import init
 from b2batch.cli.models import models
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-for verb in (init, validate, plan, preview, run, status, verify, doctor, bench):
+for verb in (init, validate, plan, preview, run, status, verify, compact, doctor, bench):
     app.command()(verb)
 app.add_typer(models, name="models")
 
