@@ -3,66 +3,33 @@
 A step runs as one packed row of tokens of many sequences. Each chunk of it attends to up to two
 stretches of keys, and the two results are merged by their log-sum-exp:
 
-    own span   |--- past ---|-- chunk --|      causal, one call a chunk
-    prefix     |------------------------|      dense, one call for all chunks that share it
+    own span   |--- past ---|-- chunk --|      causal
+    prefix     |------------------------|      dense, once for all chunks that share it
 
 Keys and values of the whole step are written before anything attends, so a prefix may be computed
 in the very step that first uses it.
 
-Shapes: T tokens of the step · Q query heads · K key heads · G = Q / K · S keys · D head size.
+Shapes: T tokens of the step · B sequences of a call · Q query heads · K key heads · G = Q / K ·
+S keys · D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from b2batch.engine.calls import Calls, DecodeCall, OwnCall, PrefixCall
+
 ATTENTION_NAME = "b2batch"
 
-
-@dataclass(frozen=True, slots=True)
-class OwnCall:
-    """A chunk's queries [query, query + num_queries) against its own span's keys from ``key`` on."""
-
-    query: int
-    num_queries: int
-    key: int
-    num_past: int
-
-    @property
-    def num_keys(self) -> int:
-        return self.num_past + self.num_queries
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixCall:
-    """Queries [query, query + num_queries) of neighbouring chunks against one shared prefix."""
-
-    query: int
-    num_queries: int
-    key: int
-    num_keys: int
-
-
-class LayerAttention(Protocol):
-    """A step's attention where a device has better than the calls below; it knows the step's stretches."""
-
-    def begin(self) -> None:
-        """Called once before the first layer of each step."""
-        ...
-
-    def attend(
-        self, query_TQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scaling: float, slopes: Tensor | None
-    ) -> Tensor:
-        """A layer's queries against the layer's arena, the new keys and values included: (T, Q, D)."""
-        ...
+_NARROW = 256  # queries up to which the heads of a group ride along the query axis in a prefix call
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +37,21 @@ class StepContext:
     """What the attention function must know of the step and cannot be passed through the model.
 
     ``slots`` (T,) says where each token's key and value go; ``positions`` (T,) its position in its
-    sequence; ``caches`` is (keys, values) of each layer, each (arena tokens, K, D). With a
-    ``backend`` the calls are not used.
+    sequence; ``caches`` is (keys, values) of each layer, each (arena tokens, K, D). What a call
+    needs in tensors is made by the first layer and kept for the others.
     """
 
     slots: Tensor
     positions: Tensor
-    own_calls: Sequence[OwnCall]
-    prefix_calls: Sequence[PrefixCall]
+    calls: Calls
     caches: Sequence[tuple[Tensor, Tensor]]
-    backend: LayerAttention | None = None
+    _made: dict[object, Any] = field(default_factory=dict)
+
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned for ``key`` the first time in this step."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 _current: ContextVar[StepContext] = ContextVar("b2batch_step")
@@ -109,113 +81,167 @@ def arena_attention(
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
-    slopes: Tensor | None = getattr(module, "alibi_slopes", None)
+    layer = _Layer(step, keys_SKD, values_SKD, scaling, getattr(module, "alibi_slopes", None))
     query_TQD = query[0].transpose(0, 1)
-    if step.backend is not None:
-        return step.backend.attend(query_TQD, keys_SKD, values_SKD, scaling, slopes)[None], None
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
-    lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32) if step.prefix_calls else None
-    for own in step.own_calls:
+    lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32)
+    for own in step.calls.own:
         rows = slice(own.query, own.query + own.num_queries)
-        span = slice(own.key, own.key + own.num_keys)
-        out, lse = _attend_own(query_TQD[rows], keys_SKD[span], values_SKD[span], scaling, slopes)
-        out_TQD[rows] = out
-        if lse_TQ is not None:
-            lse_TQ[rows] = lse
-    for call in step.prefix_calls:
-        assert lse_TQ is not None
-        rows = slice(call.query, call.query + call.num_queries)
-        span = slice(call.key, call.key + call.num_keys)
-        positions = step.positions[rows]
-        out, lse = _attend_prefix(
-            query_TQD[rows], keys_SKD[span], values_SKD[span], scaling, slopes, positions
-        )
-        out_TQD[rows] = _merge(out_TQD[rows], lse_TQ[rows], out, lse)
+        out_TQD[rows], lse_TQ[rows] = layer.attend_own(own, query_TQD[rows])
+    for decode in step.calls.decode:
+        layer.attend_decode(decode, query_TQD, out_TQD, lse_TQ)
+    for prefix in step.calls.prefix:
+        rows = slice(prefix.query, prefix.query + prefix.num_queries)
+        out, lse = layer.attend_prefix(prefix, query_TQD[rows])
+        _merge_into(out_TQD[rows], lse_TQ[rows], out, lse)
     return out_TQD[None], None
 
 
-def _attend_own(
-    query_TQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scaling: float, slopes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of the newest T tokens of a span to all S of it: out (T, Q, D), lse (T, Q)."""
-    num_queries, num_keys = len(query_TQD), len(keys_SKD)
-    bias: Tensor | None = None
-    if slopes is not None or 1 < num_queries < num_keys:
-        bias = _causal_bias(num_queries, num_keys, slopes, query_TQD.device)
-    if num_queries == 1:
-        return _attend_grouped(query_TQD, keys_SKD, values_SKD, scaling, bias)
-    group = query_TQD.shape[1] // keys_SKD.shape[1]
-    keys_SQD, values_SQD = keys_SKD, values_SKD
-    if group > 1:
-        keys_SQD, values_SQD = (x.repeat_interleave(group, dim=1) for x in (keys_SKD, values_SKD))
-    return _attend(query_TQD, keys_SQD, values_SQD, scaling, bias, is_causal=bias is None)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A decode call in tensors: its queries, which of its rows are real, and what its scores get."""
+
+    queries: Tensor
+    real: Tensor | None  # None: all are
+    bias: Tensor | None
 
 
-def _causal_bias(num_queries: int, num_keys: int, slopes: Tensor | None, device: torch.device) -> Tensor:
-    """slope·(j - i) where j ≤ i and -inf elsewhere, (1 or Q, T, S) float32; slope 0 without ALiBi."""
-    queries = torch.arange(num_keys - num_queries, num_keys, device=device)
-    distance = torch.arange(num_keys, device=device)[None, :] - queries[:, None]
-    bias = torch.zeros_like(distance, dtype=torch.float32)[None]
-    if slopes is not None:
-        bias = slopes[:, None, None] * distance
-    return bias.masked_fill(distance > 0, float("-inf"))
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's keys and values, both (arena tokens, K, D), and how scores are made of them."""
+
+    step: StepContext
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    slopes: Tensor | None
+
+    def attend_own(self, call: OwnCall, query_TQD: Tensor) -> tuple[Tensor, Tensor]:
+        """Causal attention of the newest T tokens of a span to all S of it: out (T, Q, D), lse (T, Q)."""
+        span = slice(call.key, call.key + call.num_keys)
+        is_causal = call.num_queries > 1
+        bias: Tensor | None = None
+        if self.slopes is not None or (is_causal and call.num_past):
+            bias = self.step.once(call, lambda: self._causal_bias(call))
+            is_causal = False
+        out, lse = self._attend(
+            query_TQD[None], self.keys[None, span], self.values[None, span], bias, is_causal
+        )
+        return out[0], lse[0]
+
+    def _causal_bias(self, call: OwnCall) -> Tensor:
+        """slope·(j - i) where j ≤ i and -inf elsewhere, (1, 1 or Q, T, S) float32; slope 0 without ALiBi."""
+        device = self.keys.device
+        queries = torch.arange(call.num_past, call.num_keys, device=device)
+        distance = torch.arange(call.num_keys, device=device)[None, :] - queries[:, None]
+        bias = torch.zeros_like(distance, dtype=torch.float32)[None, None]
+        if self.slopes is not None:
+            bias = self.slopes[None, :, None, None] * distance
+        return bias.masked_fill(distance > 0, float("-inf"))
+
+    def attend_decode(self, call: DecodeCall, query_TQD: Tensor, out_TQD: Tensor, lse_TQ: Tensor) -> None:
+        """One query each of B sequences against their spans, read through one strided view."""
+        rows = self.step.once(call, lambda: self._rows(call))
+        num_keys, num_heads, size = call.num_keys, self.keys.shape[1], self.keys.shape[2]
+        shape = (len(call.queries), num_heads, num_keys, size)
+        pitch = num_heads * size
+        strides, first = (call.stride * pitch, size, pitch, 1), call.key * pitch
+        query_BKGD = query_TQD.index_select(0, rows.queries).view(len(call.queries), num_heads, -1, size)
+        out_BKGD, lse_BKG = _scaled_attention(
+            query_BKGD,
+            self.keys.as_strided(shape, strides, first),
+            self.values.as_strided(shape, strides, first),
+            self.scaling,
+            rows.bias,
+            is_causal=False,
+        )
+        out_BQD, lse_BQ, queries = out_BKGD.flatten(1, 2), lse_BKG.flatten(1, 2), rows.queries
+        if rows.real is not None:
+            out_BQD, lse_BQ, queries = (x.index_select(0, rows.real) for x in (out_BQD, lse_BQ, queries))
+        out_TQD.index_copy_(0, queries, out_BQD)
+        lse_TQ.index_copy_(0, queries, lse_BQ)
+
+    def _rows(self, call: DecodeCall) -> _Rows:
+        device = self.keys.device
+        lengths = torch.tensor(call.lengths, device=device)
+        real = None if min(call.lengths) else lengths.nonzero()[:, 0]
+        bias: Tensor | None = None
+        if self.slopes is not None or min(call.lengths) < call.num_keys:
+            distance = torch.arange(call.num_keys, device=device)[None, :] - (lengths[:, None] - 1)
+            bias = torch.zeros_like(distance, dtype=torch.float32)[:, None, None]
+            if self.slopes is not None:
+                slopes_KG = self.slopes.view(self.keys.shape[1], -1)
+                bias = slopes_KG[None, :, :, None] * distance[:, None, None]
+            bias = bias.masked_fill((distance > 0)[:, None, None], float("-inf"))
+        return _Rows(torch.tensor(call.queries, device=device), real, bias)
+
+    def attend_prefix(self, call: PrefixCall, query_TQD: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of T queries, all of them after the prefix, to its S keys: out (T, Q, D), lse (T, Q).
+
+        The ALiBi bias slope·(j - i) is slope·(j - S), the same for every query, plus slope·(S - i),
+        which is the same for every key: the second part only shifts the log-sum-exp.
+        """
+        span = slice(call.key, call.key + call.num_keys)
+        keys_SKD, values_SKD = self.keys[span], self.values[span]
+        if self.slopes is None:
+            if len(query_TQD) <= _NARROW:
+                return self._attend_grouped(query_TQD, keys_SKD, values_SKD)
+            out, lse = self._attend(query_TQD[None], keys_SKD[None], values_SKD[None], None, is_causal=False)
+            return out[0], lse[0]
+        slopes = self.slopes
+        to_end = torch.arange(-call.num_keys, 0, device=slopes.device)
+        bias = (slopes[:, None] * to_end)[None, :, None, :]
+        out, lse = self._attend(query_TQD[None], keys_SKD[None], values_SKD[None], bias, is_causal=False)
+        positions = self.step.positions[call.query : call.query + call.num_queries]
+        return out[0], lse[0] + slopes[None, :] * (call.num_keys - positions)[:, None]
+
+    def _attend_grouped(
+        self, query_TQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Dense attention whose query heads of a group ride along the query axis: larger products."""
+        num_queries, num_heads, size = query_TQD.shape
+        num_groups = keys_SKD.shape[1]
+        if num_groups == num_heads:
+            out, lse = self._attend(query_TQD[None], keys_SKD[None], values_SKD[None], None, is_causal=False)
+            return out[0], lse[0]
+        grouped = (
+            query_TQD.reshape(num_queries, num_groups, -1, size).transpose(1, 2).reshape(-1, num_groups, size)
+        )
+        out, lse = self._attend(grouped[None], keys_SKD[None], values_SKD[None], None, is_causal=False)
+        out = out.view(num_queries, -1, num_groups, size).transpose(1, 2).reshape(query_TQD.shape)
+        return out, lse.view(num_queries, -1, num_groups).transpose(1, 2).reshape(num_queries, num_heads)
+
+    def _attend(
+        self, query_BTQD: Tensor, keys_BSKD: Tensor, values_BSKD: Tensor, bias: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        query, keys, values = (x.transpose(1, 2) for x in (query_BTQD, keys_BSKD, values_BSKD))
+        out, lse = _scaled_attention(query, keys, values, self.scaling, bias, is_causal)
+        return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _attend_prefix(
-    query_TQD: Tensor,
-    keys_SKD: Tensor,
-    values_SKD: Tensor,
-    scaling: float,
-    slopes: Tensor | None,
-    positions: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Attention of T queries, all of them after the prefix, to its S keys: out (T, Q, D), lse (T, Q).
-
-    The ALiBi bias slope·(j - i) is slope·(j - S), the same for every query, plus slope·(S - i),
-    which is the same for every key: the second part only shifts the log-sum-exp.
-    """
-    if slopes is None:
-        return _attend_grouped(query_TQD, keys_SKD, values_SKD, scaling, None)
-    num_keys = len(keys_SKD)
-    to_end = torch.arange(-num_keys, 0, device=slopes.device)
-    bias = (slopes[:, None] * to_end)[:, None, :]
-    out, lse = _attend(query_TQD, keys_SKD, values_SKD, scaling, bias, is_causal=False)
-    return out, lse + slopes[None, :] * (num_keys - positions)[:, None]
-
-
-def _attend_grouped(
-    query_TQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scaling: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Non-causal attention in which the query heads of a group ride along the query axis."""
-    num_queries, num_heads, size = query_TQD.shape
-    num_groups = keys_SKD.shape[1]
-    if num_groups == num_heads:
-        return _attend(query_TQD, keys_SKD, values_SKD, scaling, bias, is_causal=False)
-    grouped = query_TQD.view(num_queries, num_groups, -1, size).transpose(1, 2).reshape(-1, num_groups, size)
-    out, lse = _attend(grouped, keys_SKD, values_SKD, scaling, bias, is_causal=False)
-    out = out.view(num_queries, -1, num_groups, size).transpose(1, 2).reshape(query_TQD.shape)
-    return out, lse.view(num_queries, -1, num_groups).transpose(1, 2).reshape(num_queries, num_heads)
-
-
-def _attend(
-    query_TQD: Tensor,
-    keys_SQD: Tensor,
-    values_SQD: Tensor,
+def _scaled_attention(
+    query_BQTD: Tensor,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
     scaling: float,
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One attention call and its log-sum-exp; as many key as query heads; bias (1 or Q, 1 or T, S)."""
-    query, keys, values = (x.transpose(0, 1)[None] for x in (query_TQD, keys_SQD, values_SQD))
-    if query.is_cpu:
+    """One attention call and its log-sum-exp: out (B, Q, T, D), lse (B, Q, T) float32.
+
+    ``bias`` float32 expands to (B, Q, T, S). Causal means T = S.
+    """
+    if query_BQTD.is_cpu:
         mask = None
         if bias is not None:
-            mask = bias[None].to(query.dtype).expand(1, *query.shape[1:3], keys.shape[2])
+            mask = bias.to(query_BQTD.dtype).expand(*query_BQTD.shape[:3], keys_BKSD.shape[2])
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
+            query_BQTD, keys_BKSD, values_BKSD, 0.0, is_causal, attn_mask=mask, scale=scaling
         )
-        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scaling
+        return out, lse
+    group = query_BQTD.shape[1] // keys_BKSD.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys_BKSD, values_BKSD))
+    scores = torch.matmul(query_BQTD, keys.transpose(-1, -2)).float() * scaling
     if bias is not None:
         scores = scores + bias
     if is_causal:
@@ -223,13 +249,13 @@ def _attend(
         scores = scores.masked_fill(above, float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse[..., None]).to(values.dtype)
-    return torch.matmul(weights, values)[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return torch.matmul(weights, values), lse
 
 
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """Attention over two disjoint sets of keys from the attention over each."""
-    weight_a = torch.sigmoid(lse_a - lse_b)[..., None]
-    return (out_a * weight_a + out_b * (1.0 - weight_a)).to(out_a.dtype)
+def _merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Make ``out_a`` the attention over two disjoint sets of keys, from the attention over each."""
+    weight_b = torch.sigmoid(lse_b - lse_a)[..., None]
+    out_a.lerp_(out_b, weight_b.to(out_a.dtype))
 
 
 def register() -> None:

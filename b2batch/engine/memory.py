@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 
+import psutil
 import torch
+from transformers import PreTrainedModel
 
+from b2batch.engine.memory_plan import GB, MemoryPlan, StepSize
 from b2batch.engine.runner import KVShape
 from b2batch.engine.scheduler import Limits
-from b2batch.errors import SpecError
-from b2batch.spec import EngineSpec
+from b2batch.errors import ModelError, SpecError
+from b2batch.models.checkpoint import open_checkpoint
+from b2batch.models.families import family_of
+from b2batch.models.footprint import Architecture, workspace_bytes
+from b2batch.models.loading import pick_device, pick_dtype
+from b2batch.spec import EngineSpec, JobSpec
 
-_CPU_SEQS, _CPU_TOKENS = 64, 1024
-_CUDA_SEQS, _CUDA_TOKENS = 256, 8192
 _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a host
 
 
-def resolve_limits(spec: EngineSpec, shape: KVShape, max_model_len: int, device: torch.device) -> Limits:
-    """The engine's limits on ``device`` once the weights are loaded.
+def refuse_too_large(spec: JobSpec) -> None:
+    """Before minutes of loading: ModelError if the model and one sequence do not fit the device here."""
+    device = pick_device(spec.model)
+    checkpoint = open_checkpoint(spec.model, weights=False)
+    dtype = str(pick_dtype(spec.model, checkpoint, device)).removeprefix("torch.")
+    max_model_len = family_of(checkpoint).codec(checkpoint, spec.model).max_model_len
+    plan = replace(MemoryPlan.of(spec, checkpoint, max_model_len), dtype=dtype)
+    free = _free_bytes(device)
+    if device.type == "cpu":
+        fits, advice = plan.weight_bytes + plan.kv_bytes_per_token * max_model_len <= free, "does not fit"
+    else:
+        fits, advice = plan.on(free).fits, plan.on(free).advice
+    if not fits:
+        raise ModelError(
+            f"{checkpoint.source} in {dtype}: {plan.weight_bytes / GB:.1f} GB of weights, "
+            f"{plan.kv_bytes_per_token * max_model_len / GB:.1f} GB of keys and values for one sequence of "
+            f"{max_model_len} tokens; {device.type} has {free / GB:.1f} GB free: {advice}"
+        )
+
+
+def resolve_limits(
+    spec: EngineSpec, model: PreTrainedModel, max_model_len: int, device: torch.device
+) -> Limits:
+    """The engine's limits on ``device`` once the weights are loaded, measured there.
 
     The arena takes what the free memory allows, at most what ``max_num_seqs`` full contexts need.
 
@@ -25,19 +52,10 @@ def resolve_limits(spec: EngineSpec, shape: KVShape, max_model_len: int, device:
         SpecError: not even one sequence of ``max_model_len`` tokens fits.
     """
     on_cpu = device.type == "cpu"
-    default_seqs, default_tokens = (_CPU_SEQS, _CPU_TOKENS) if on_cpu else (_CUDA_SEQS, _CUDA_TOKENS)
-    max_num_seqs = default_seqs if spec.max_num_seqs == "auto" else spec.max_num_seqs
-    budget = (
-        max(default_tokens, max_num_seqs)
-        if spec.max_num_batched_tokens == "auto"
-        else spec.max_num_batched_tokens
-    )
-    if budget < max_num_seqs:
-        raise SpecError(
-            f"engine.max_num_batched_tokens: {budget} is less than max_num_seqs {max_num_seqs}, "
-            "so some sequences would never get their next token"
-        )
-    free_tokens = free_bytes(device, spec.gpu_memory_utilization) // shape.bytes_per_token
+    step = StepSize.of(spec, on_cpu=on_cpu)
+    max_num_seqs, budget = step.max_num_seqs, step.max_num_batched_tokens
+    shape = KVShape.of(model)
+    free_tokens = arena_bytes(spec, model, step, device) // shape.bytes_per_token
     tokens = (
         min(free_tokens, max_num_seqs * max_model_len)
         if spec.kv_cache_tokens == "auto"
@@ -49,12 +67,28 @@ def resolve_limits(spec: EngineSpec, shape: KVShape, max_model_len: int, device:
             f"each), less than one sequence of model.max_model_len {max_model_len}; lower that, or free "
             "memory"
         )
-    return Limits(max_num_seqs, budget, int(tokens), spec.enable_prefix_caching)
+    return Limits(max_num_seqs, budget, int(tokens), spec.enable_prefix_caching, even_spans=on_cpu)
 
 
-def free_bytes(device: torch.device, utilization: float) -> int:
-    """Bytes that the arena may take on ``device``, after what is in use there now."""
+def arena_bytes(spec: EngineSpec, model: PreTrainedModel, step: StepSize, device: torch.device) -> int:
+    """Bytes that keys and values may take of what is free now and not needed for a step's work."""
+    free = _free_bytes(device)
     if device.type == "cpu":
-        return int(_CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - (1.0 - utilization) * total))
+        return int(_CPU_SHARE * free)
+    shape = Architecture.of(model.config.get_text_config().to_dict())
+    dtype = str(model.dtype).removeprefix("torch.")
+    work = workspace_bytes(shape, dtype, step.max_num_seqs, step.max_num_batched_tokens)
+    return max(0, int((free - work) * spec.gpu_memory_utilization))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a step failed for want of memory: CUDA's own error, or what torch's CPU allocator says."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from b2batch.engine import attention
-from b2batch.engine.attention import OwnCall, PrefixCall, StepContext
+from b2batch.engine.attention import StepContext
+from b2batch.engine.calls import plan_calls
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
+
+_PADDING_BYTES = 1 << 19  # keys and values that a core reads in the time that an attention call costs
 
 
 class Runner:
@@ -23,6 +26,7 @@ class Runner:
         self.model = model
         self.device = next(model.parameters()).device
         shape = KVShape.of(model)
+        self._padding_tokens = _PADDING_BYTES // shape.bytes_per_layer if self.device.type == "cpu" else None
         self.caches = [
             (shape.arena(kv_cache_tokens, self.device), shape.arena(kv_cache_tokens, self.device))
             for _ in range(shape.num_layers)
@@ -53,9 +57,9 @@ class Runner:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         slots = [chunk.slot + i for chunk in chunks for i in range(chunk.num_tokens)]
-        own_calls, prefix_calls = plan_calls(chunks)
         position_ids = self._tensor(positions)
-        context = StepContext(self._tensor(slots), position_ids, own_calls, prefix_calls, self.caches)
+        calls = plan_calls(chunks, self._padding_tokens)
+        context = StepContext(self._tensor(slots), position_ids, calls, self.caches)
         with attention.step_context(context):
             output = self.model(
                 input_ids=self._tensor(tokens)[None],
@@ -95,7 +99,12 @@ class KVShape:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of all layers."""
-        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+        return self.num_layers * self.bytes_per_layer
+
+    @property
+    def bytes_per_layer(self) -> int:
+        """Keys and values of one layer."""
+        return 2 * self.num_heads * self.head_dim * self.dtype.itemsize
 
     def arena(self, num_tokens: int, device: torch.device) -> Tensor:
         """Room for one layer's keys, or values: (tokens, K, D).
@@ -109,26 +118,6 @@ class KVShape:
                 f"engine.kv_cache_tokens: no room for {num_tokens} tokens of keys and values at "
                 f"{self.bytes_per_token} bytes each: {error}"
             ) from error
-
-
-def plan_calls(chunks: list[Chunk]) -> tuple[list[OwnCall], list[PrefixCall]]:
-    """The attention calls of a step; neighbouring chunks on the same prefix become one call."""
-    own_calls: list[OwnCall] = []
-    prefix_calls: list[PrefixCall] = []
-    row = 0
-    previous = None
-    for chunk in chunks:
-        own_calls.append(OwnCall(row, chunk.num_tokens, chunk.slot - chunk.num_past, chunk.num_past))
-        prefix = chunk.prefix
-        if prefix is not None:
-            first, num_queries = row, chunk.num_tokens
-            if prefix is previous:
-                before = prefix_calls.pop()
-                first, num_queries = before.query, before.num_queries + num_queries
-            prefix_calls.append(PrefixCall(first, num_queries, prefix.span.start, prefix.length))
-        previous = prefix
-        row += chunk.num_tokens
-    return own_calls, prefix_calls
 
 
 def _wanted_rows(chunks: list[Chunk]) -> list[int]:
