@@ -14,6 +14,7 @@ B2BatchError                 1    failed, resumable: the same command again goes
 ├── StorageError             1    the output's store failed or refuses; trying again may help
 │   └── StorageFull               no space is left there
 ├── MeasurementFailed        1    a benchmark's process ended without a result
+├── ReplicaSuspect           1    a replica computes nonsense; it is replaced
 ├── Fenced                   1    another driver took over this run
 ├── Drained                 75    stopped cleanly; requeue
 └── RunLocked               99    another live driver holds this output
@@ -91,6 +92,10 @@ class MeasurementFailed(B2BatchError):
     """One measurement of a benchmark gave no result; the message is the end of what it said."""
 
 
+class ReplicaSuspect(B2BatchError):
+    """A replica's model gave no finite logits for a whole batch: it may be damaged, and is replaced."""
+
+
 class Fenced(B2BatchError):
     """A newer driver epoch owns this run; this driver must not commit any more."""
 
@@ -123,6 +128,8 @@ class RowFault(StrEnum):
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     SAMPLING = "SAMPLING"
     NAN = "NAN"
+    OOM = "OOM"
+    WORKER_CRASH = "WORKER_CRASH"
 
 
 class Stage(StrEnum):
@@ -132,6 +139,7 @@ class Stage(StrEnum):
     RENDER = "render"
     ENCODE = "encode"
     GENERATE = "generate"
+    CRASH = "crash"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,8 @@ _pass_by: Callable[[str], None] = _armed(os.environ[VARIABLE]) if os.environ.get
 
 def is_poison(columns: Mapping[str, Any]) -> bool:
     """Whether a row with these values was declared to take its replica down."""
-    marker = os.environ.get(POISON_VARIABLE)
-    return bool(marker) and any(marker in str(value) for value in columns.values())
+    marker = os.environ.get(POISON_VARIABLE, "")
+    return marker != "" and any(marker in str(value) for value in columns.values())
 
 
 def take_poison() -> None:

@@ -35,6 +35,7 @@ from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
+from b2batch.outputs.success import allowed_errors
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, mask_env
 from b2batch.telemetry import Progress
@@ -246,7 +247,6 @@ class _Run:
 
     def _run_on_cluster(self, pending: list[WorkUnit]) -> None:
         # Ray takes seconds to import: only a run that has work pays for it.
-        from b2batch.cluster.dispatch import DispatchPolicy
         from b2batch.cluster.driver import RunHooks, run_units
         from b2batch.cluster.fleet import RayFleet
         from b2batch.cluster.placement import connect
@@ -258,6 +258,7 @@ class _Run:
             on_progress=self._note_progress,
             on_beat=self._epoch.beat,
             should_stop=self._options.should_stop,
+        from b2batch.cluster.policy import LEAST_CONDEMNED, DispatchPolicy
         )
         with connect(spec.cluster) as cluster:
             placement = cluster.place(spec.cluster, spec.model.device, len(pending))
@@ -268,7 +269,15 @@ class _Run:
                 placement.num_gpus,
             )
             fleet = RayFleet(placement, partial(make_worker, self._worker_args()))
-            policy = DispatchPolicy(placement.num_replicas, spec.cluster.start_timeout_s)
+            policy = DispatchPolicy(
+                placement.num_replicas,
+                spec.cluster.start_timeout_s,
+                spec.cluster.step_timeout_s,
+                max_condemned=max(
+                    LEAST_CONDEMNED,
+                    allowed_errors(self._job.plan.num_rows, spec.errors.max_error_rate),
+                ),
+            )
             totals = run_units(pending, fleet, policy, hooks, drain_grace_s=spec.cluster.drain_grace_s)
         self._num_lost = totals.num_replicas_lost
 

@@ -370,6 +370,9 @@ class JobSpec(_Section):
             "sampling": dump["sampling"],
             "output": {k: dump["output"][k] for k in ("columns", "prefix")},
         }
+    step_timeout_s: float = Field(
+        default=900.0, gt=0.0, description="a replica whose engine needs longer for a step is replaced"
+    )
 
 
 _TASK_OF_SECTION = {"labels": "classify", "classify": "classify", "score": "score", "embed": "embed"}

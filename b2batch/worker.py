@@ -140,7 +140,8 @@ class Worker:
         self._open: dict[int, _OpenUnit] = {}
         self._unit_of: dict[str, _OpenUnit] = {}  # row id → the unit it belongs to
         self._unsaved: dict[int, Part] = {}  # parts that the store would not take, by unit
-        self._has_poison = False
+        self._poison: set[str] = set()  # row ids; see failpoints
+        self._num_nan_in_a_row = 0  # rows of units that do not trust it
         self._progress = Progress()
 
     @property
@@ -179,15 +180,15 @@ class Worker:
         failpoint("F4")
         read = self._reader.read(unit)
         open_unit = _OpenUnit(unit, attempt, read.rows, read.columns, trusts_nan)
-        if caution is not None:
+        if unit.index in self._unsaved:
+            self._open[unit.index] = open_unit
+        elif caution is None:
+            self._admit(open_unit, read.rows)
+        else:
             open_unit.pieces.extend(caution.pieces)
             open_unit.num_pieces = len(caution.pieces)
             self._condemn(open_unit, caution.condemned)
             self._open[unit.index] = open_unit
-        elif unit.index in self._unsaved:
-            self._open[unit.index] = open_unit
-        else:
-            self._admit(open_unit, read.rows)
 
     def begin_piece(self) -> None:
         """Queue the rows of the next piece of the unit that is under caution."""
@@ -214,12 +215,11 @@ class Worker:
         """
         if self._engine.has_work:
             failpoint("F5")
-            if self._has_poison:
+            if self._poison & self._unit_of.keys():
                 take_poison()
-            finished = self._run_engine()
-            self._check_sanity(finished)
-            for one in finished:
-                self._take(one)
+            for finished in self._run_engine():
+                self._take(finished)
+            self._check_sanity()
         complete = (unit for unit in self._open.values() if self._is_over(unit))
         return [self._commit(unit) for unit in list(complete)]
 
@@ -238,13 +238,11 @@ class Worker:
             self._fail(self._unit_of.pop(alone), alone, failure.failure)
         return []
 
-    def _check_sanity(self, finished: Sequence[Finished]) -> None:
+    def _check_sanity(self) -> None:
         """A whole batch without finite logits says more about the replica than about its rows."""
-        units = [self._unit_of[one.request_id] for one in finished]
-        if len(finished) < 2 or self._engine.num_running or all(unit.trusts_nan for unit in units):
-            return
-        if all(any(completion.error for completion in one.completions) for one in finished):
-            raise ReplicaSuspect(f"none of the {len(finished)} rows of a batch had finite logits")
+        num_rows = self._num_nan_in_a_row
+        if num_rows >= self._engine.max_num_seqs or (num_rows > 1 and not self._engine.num_running):
+            raise ReplicaSuspect(f"none of {num_rows} rows that ran together had finite logits")
 
     def _unit_in_pieces(self) -> _OpenUnit | None:
         return next((unit for unit in self._open.values() if unit.pieces), None)
@@ -254,11 +252,8 @@ class Worker:
 
     def _condemn(self, open_unit: _OpenUnit, condemned: Iterable[CondemnedRow]) -> None:
         for row in condemned:
-            failure = RowFailure(
-                RowFault.WORKER_CRASH,
-                f"the replica died each of the {row.num_deaths} times that this row ran alone: {row.detail}"[:2000],
-                Stage.CRASH,
-                open_unit.attempt,
+            message = (
+                f"the replica died each of the {row.num_deaths} times that this row ran alone: {row.detail}"
             )
             self._fail(open_unit, open_unit.rows[row.offset].row_id, failure)
 
@@ -279,7 +274,8 @@ class Worker:
         except RowError as error:
             self._fail(open_unit, row.row_id, error.failure)
             return None
-        self._has_poison = self._has_poison or is_poison(row.columns)
+        if is_poison(row.columns):
+            self._poison.add(row.row_id)
         if encoded.prompt_truncated:
             open_unit.truncated.add(row.row_id)
         return encoded.request
@@ -305,7 +301,10 @@ class Worker:
             return
         open_unit.results[row_id] = ResultRow(row_id, generation)
         self._progress += Progress(
+            is_doubtful = error.failure.fault is RowFault.NAN and not open_unit.trusts_nan
+            self._num_nan_in_a_row = self._num_nan_in_a_row + 1 if is_doubtful else 0
             num_rows=1,
+        self._num_nan_in_a_row = 0
             num_input_tokens=generation.num_input_tokens,
             num_generated_tokens=generation.num_generated_tokens,
         )

@@ -7,10 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from b2batch.errors import ReplicaSuspect, StorageFull
 from b2batch.job import prepare_job
 from b2batch.models.loading import load_model
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
+from b2batch.rows import Caution, CondemnedRow, PieceBegun
 from b2batch.spec import ModelSpec, parse_spec
 from b2batch.worker import Worker, WorkerArgs, make_engine
 
@@ -133,21 +135,129 @@ def test_a_row_may_bring_its_own_sampling(tmp_path, loaded):
     assert "1000000" in found["0:5"]["error"]["message"]
 
 
-def test_logits_that_are_not_finite_fail_their_rows(tmp_path):
-    broken = load_model(ModelSpec(model="baichuan2-tiny"))
-    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS])
-    engine = make_engine(spec, broken)
-    broken.model.model.norm.weight.data.fill_(float("nan"))
+def open_worker(spec, loaded, engine=None):
+    """A worker for the job, and the job's units."""
     job = prepare_job(spec)
     store = open_store(spec.output.path, job.record.run_id)
     RunDirectory.open(store, job.record, job.plan.to_bytes())
     args = WorkerArgs(spec, job.plan.files, job.plan.schema, store.uri, job.record.run_id, 1, {})
-    worker = Worker(args, broken, engine)
-    worker.add_unit(job.plan.units[0], attempt=1)
-    reports = []
-    while not worker.idle:
-        reports += worker.step()
-    assert reports[0].counts.num_error == 3
+    return Worker(args, loaded, engine or make_engine(spec, loaded)), list(job.plan.units)
+
+
+def test_a_batch_without_finite_logits_is_the_replicas_fault_once_and_then_the_rows(tmp_path):
+    broken = load_model(ModelSpec(model="baichuan2-tiny"))
+    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS])
+    engine = make_engine(spec, broken)
+    broken.model.model.norm.weight.data.fill_(float("nan"))
+    worker, units = open_worker(spec, broken, engine)
+    worker.add_unit(units[0], attempt=1)
+    with pytest.raises(ReplicaSuspect, match="3 rows"):
+        drain(worker)
+    worker, units = open_worker(spec, broken, engine)
+    worker.add_unit(units[0], attempt=2, trusts_nan=True)
+    assert drain(worker)[0].counts.num_error == 3
+    errors = [row["error"] for row in pq.read_table(spec.output.path).to_pylist()]
+    assert {(error["type"], error["stage"]) for error in errors} == {("NAN", "generate")}
+
+
+def test_under_caution_pieces_run_one_by_one_and_condemned_rows_do_not(tmp_path, loaded):
+    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS[:3]])
+    worker, units = open_worker(spec, loaded)
+    caution = Caution((CondemnedRow(1, 2, "signal 11"),), ((2,), (0,)))
+    worker.add_unit(units[0], attempt=5, caution=caution)
+    assert worker.next_piece == PieceBegun(0, 5, 0)
+    worker.begin_piece()
+    assert worker.next_piece is None
+    while worker.next_piece is None:
+        assert worker.step() == []
+    assert worker.next_piece == PieceBegun(0, 5, 1)
+    worker.begin_piece()
+    [report] = drain(worker)
+    assert (report.attempt, report.counts.num_ok, report.counts.num_error) == (5, 2, 1)
+    rows = pq.read_table(spec.output.path).to_pylist()
+    assert [row["generated_text"] for row in rows] == ["正面", None, "正面"]
+    assert (rows[1]["error"]["type"], rows[1]["error"]["stage"]) == ("WORKER_CRASH", "crash")
+    assert "signal 11" in rows[1]["error"]["message"]
+
+
+def test_a_dropped_unit_leaves_nothing_behind(tmp_path, loaded):
+    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS])
+    calm, _, _ = work(make_spec(tmp_path / "calm", [{"text": text} for text in REVIEWS]), loaded)
+    worker, units = open_worker(spec, loaded)
+    for unit in units:
+        worker.add_unit(unit, attempt=1)
+    worker.step()
+    worker.drop_unit(0)
+    worker.drop_unit(0)
+    assert [report.unit_index for report in drain(worker)] == [1]
+    worker.add_unit(units[0], attempt=2)
+    drain(worker)
+    rows = {row["row_id"]: row for row in pq.read_table(spec.output.path).to_pylist()}
+    assert [row["generated_text"] for row in rows.values()] == [
+        row["generated_text"] for row in calm.values()
+    ]
+
+
+class Short:
+    """A model's runner with memory for steps of at most ``num_tokens``, or for none with a long prompt."""
+
+    def __init__(self, runner, num_tokens, longest=10**9):
+        self._runner, self._num_tokens, self._longest = runner, num_tokens, longest
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def run(self, step):
+        if sum(chunk.num_tokens for chunk in step.chunks) > self._num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if any(len(chunk.owner.tokens) > self._longest for chunk in step.chunks):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return self._runner.run(step)
+
+
+def test_out_of_memory_goes_on_with_less_at_once_and_loses_no_row(tmp_path, loaded):
+    rows = [{"text": text} for text in REVIEWS * 3]
+    calm, _, _ = work(make_spec(tmp_path / "calm", rows), loaded)
+    spec = make_spec(tmp_path, rows)
+    engine = make_engine(spec, loaded)
+    engine.runner = Short(engine.runner, num_tokens=40)
+    worker, units = open_worker(spec, loaded, engine)
+    for unit in units:
+        worker.add_unit(unit, attempt=1)
+    assert sum(report.counts.num_ok for report in drain(worker)) == 12
+    assert worker.progress().num_out_of_memory > 1
+    found = {row["row_id"]: row for row in pq.read_table(spec.output.path).to_pylist()}
+    assert [row["generated_text"] for row in found.values()] == [
+        row["generated_text"] for row in calm.values()
+    ]
+
+
+def test_a_row_that_alone_needs_too_much_memory_is_a_row_error(tmp_path, loaded):
+    spec = make_spec(tmp_path, [{"text": text} for text in [REVIEWS[0], REVIEWS[0] * 20, REVIEWS[1]]])
+    engine = make_engine(spec, loaded)
+    engine.runner = Short(engine.runner, num_tokens=10**9, longest=150)
+    worker, units = open_worker(spec, loaded, engine)
+    worker.add_unit(units[0], attempt=1)
+    drain(worker)
+    rows = pq.read_table(spec.output.path).to_pylist()
+    assert [row["generated_text"] for row in rows] == ["正面", None, "负面"]
+    assert (rows[1]["error"]["type"], rows[1]["error"]["stage"]) == ("OOM", "generate")
+    assert "DefaultCPUAllocator" in rows[1]["error"]["message"]
+    assert engine.max_num_seqs == 64, "the others have the whole batch again"
+
+
+def test_a_part_that_could_not_be_saved_is_not_computed_again(tmp_path, loaded):
+    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS[:3]])
+    worker, units = open_worker(spec, loaded)
+    good, worker._store = worker._store, FullStore()
+    worker.add_unit(units[0], attempt=1)
+    [failed] = drain(worker)
+    assert failed.error[0] == "StorageFull"
+    num_rows, worker._store = worker.progress().num_rows, good
+    worker.add_unit(units[0], attempt=2)
+    [saved] = drain(worker)
+    assert (saved.attempt, saved.error, saved.counts.num_ok) == (2, None, 3)
+    assert worker.progress().num_rows == num_rows == 3
 
 
 def test_a_store_that_fails_costs_the_attempt_and_not_the_worker(tmp_path, loaded, monkeypatch):
@@ -172,7 +282,7 @@ def test_a_store_that_fails_costs_the_attempt_and_not_the_worker(tmp_path, loade
 
 class FullStore:
     def put_if_absent(self, key, data):
-        raise OSError(28, "No space left on device")
+        raise StorageFull("No space left on device")
 
 
 def drain(worker):

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 
 from b2batch.bench.child import cpu_s, peak_bytes
 from b2batch.bench.workload import DriverWorkload
-from b2batch.cluster.dispatch import Action, Dispatcher, DispatchPolicy, Finish, Lease, StartReplica
+from b2batch.cluster.actions import Action, Finish, Lease, StartReplica
+from b2batch.cluster.dispatch import Dispatcher
+from b2batch.cluster.policy import DispatchPolicy
 from b2batch.inputs.plan import Units, make_plan
 from b2batch.outputs.footer import digest_rows
 from b2batch.outputs.parts import PartOrigin, encode_part, planned_row_ids
@@ -117,7 +119,7 @@ def measure_dispatch(workload: DriverWorkload) -> ScaleResult:
         now_s, replica_id, unit_index, attempt = heapq.heappop(running)
         report = UnitReport(unit_index, attempt, _COUNTS)
         is_finished = take(dispatcher.on_report(replica_id, report), now_s)
-    return clock.result("decisions", 2 * len(units), num_rows=float(dispatcher.counts.num_rows))
+    return clock.result("decisions", 2 * len(units), num_rows=float(dispatcher.units.counts.num_rows))
 
 
 def measure_loop(workload: DriverWorkload) -> ScaleResult:

@@ -19,11 +19,11 @@ import ray
 from b2batch.bench.child import cpu_s, peak_bytes
 from b2batch.bench.driver_scale import ScaleResult
 from b2batch.bench.workload import DriverWorkload
-from b2batch.cluster.dispatch import DispatchPolicy, poll_timeout_s
 from b2batch.cluster.driver import RunHooks, RunProgress, run_units
 from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, RayFleet
 from b2batch.cluster.placement import Placement
-from b2batch.cluster.replica import ReplicaState, ReplicaUpdate, UnitLease
+from b2batch.cluster.policy import DispatchPolicy, poll_timeout_s
+from b2batch.cluster.replica import Order, ReplicaState, ReplicaUpdate, UnitLease
 from b2batch.errors import Drained, MeasurementFailed
 from b2batch.rows import UnitCounts, UnitReport, WorkUnit
 from b2batch.telemetry import Progress
@@ -44,8 +44,9 @@ class _StandIn:
     unit_ends_s: float = 0.0
     num_reports: int = 0
 
-    def take(self, leases: Sequence[UnitLease], now_s: float, first_share: float = 1.0) -> None:
-        """Begin with the first lease if nothing is under way."""
+    def take(self, orders: Sequence[Order], now_s: float, first_share: float = 1.0) -> None:
+        """Begin with the first lease if nothing is under way; what is to be left is done all the same."""
+        leases = [order for order in orders if isinstance(order, UnitLease)]
         if leases and not self.leases:
             self.unit_ends_s = now_s + first_share * self.unit_s
         self.leases += leases
@@ -83,19 +84,19 @@ class SimulatedFleet:
         self._poll_timeout_s = poll_timeout_s
         self._first_share = 1.0 / num_replicas
         self._replicas: dict[int, _StandIn] = {}
-        self._outbox: dict[int, list[UnitLease]] = {}
+        self._outbox: dict[int, list[Order]] = {}
         self._due: list[tuple[float, int]] = []  # when a poll is answered, by whom
         self._to_poll: list[int] = []
 
-    def start(self, replica_id: int) -> None:
+    def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         """See ``Fleet``; it is ready at once."""
         self._replicas[replica_id] = _StandIn(self._unit_s, self.now_s)
         self._outbox[replica_id] = []
         heapq.heappush(self._due, (self.now_s, replica_id))
 
-    def lease(self, replica_id: int, lease: UnitLease) -> None:
+    def order(self, replica_id: int, order: Order) -> None:
         """See ``Fleet``."""
-        self._outbox[replica_id].append(lease)
+        self._outbox[replica_id].append(order)
 
     def kill(self, replica_id: int) -> None:
         """See ``Fleet``."""
@@ -118,17 +119,17 @@ class SimulatedFleet:
 
     def _answer(self, replica_id: int) -> Answer:
         update = self._replicas[replica_id].answer(self.now_s)
-        self.num_reports += len(update.reports)
+        self.num_reports += len(update.news)
         self._to_poll.append(replica_id)
         return Answer(replica_id, update)
 
     def _poll(self) -> None:
         """Poll whoever has answered, with the leases that were made since."""
         for replica_id in self._to_poll:
-            replica, leases = self._replicas[replica_id], self._outbox[replica_id]
+            replica, orders = self._replicas[replica_id], self._outbox[replica_id]
             share = 1.0 if replica.num_reports else self._first_share * (replica_id + 1)
-            replica.take(leases, self.now_s, share)
-            leases.clear()
+            replica.take(orders, self.now_s, share)
+            orders.clear()
             answered_s = min(self.now_s + self._poll_timeout_s, replica.next_report_s())
             heapq.heappush(self._due, (answered_s, replica_id))
         self._to_poll.clear()
@@ -171,14 +172,14 @@ class _Crowd:
         self._replicas: dict[int, _StandIn] = {}
 
     async def poll(
-        self, replica_id: int, num_known: int, leases: tuple[UnitLease, ...], timeout_s: float
+        self, replica_id: int, num_known: int, orders: tuple[Order, ...], timeout_s: float
     ) -> ReplicaUpdate:
         """As ``Replica.poll``."""
         now_s = time.monotonic()
         is_new = replica_id not in self._replicas
         replica = self._replicas.setdefault(replica_id, _StandIn(self._unit_s, now_s))
         share = 1.0 if replica.num_reports else (replica_id % self._num_replicas + 1) / self._num_replicas
-        replica.take(leases, now_s, share)
+        replica.take(orders, now_s, share)
         if not is_new:
             await asyncio.sleep(max(0.0, min(timeout_s, replica.next_report_s() - now_s)))
         return replica.answer(time.monotonic())
@@ -220,7 +221,7 @@ class _CrowdFleet(RayFleet):
         crowd = ray.remote(_Crowd).options(num_cpus=0, max_concurrency=placement.num_replicas + 1)
         self._crowds = [crowd.remote(unit_s, placement.num_replicas) for _ in range(_NUM_CROWDS)]
 
-    def make_actor(self, replica_id: int) -> _Handle:
+    def make_actor(self, replica_id: int, avoided: frozenset[str]) -> _Handle:
         """One more in a crowd."""
         return _Handle(self._crowds[replica_id % _NUM_CROWDS], replica_id)
 

@@ -9,23 +9,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from b2batch.cluster.dispatch import (
+from b2batch.cluster.actions import (
     Action,
+    Cancel,
     CheckCommitted,
-    Dispatcher,
-    DispatchPolicy,
-    ErrorText,
     Fail,
     Finish,
     KillReplica,
     Lease,
-    Loss,
     StartReplica,
 )
+from b2batch.cluster.dispatch import Dispatcher
 from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, Lost, NotStarted
-from b2batch.cluster.replica import ReplicaState, ReplicaUpdate, UnitLease
-from b2batch.errors import Drained
-from b2batch.rows import UnitCounts, WorkUnit
+from b2batch.cluster.policy import DispatchPolicy, Loss
+from b2batch.cluster.replica import CancelUnit, ReplicaState, ReplicaUpdate, UnitLease
+from b2batch.cluster.verdict import ErrorText
+from b2batch.errors import Drained, ReplicaSuspect
+from b2batch.rows import PieceBegun, UnitCounts, WorkUnit
 from b2batch.telemetry import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,15 @@ class RunProgress:
     """Where this start of the driver is. Units committed by earlier starts are not counted.
 
     ``counts`` is the account of committed units; ``live`` also counts rows of units under way.
+    ``num_attempts`` are units that were begun, ``num_rows_again`` the rows of those begun before: what
+    deaths, failures and copies cost at most.
     """
 
     num_units: int
     num_committed: int
     counts: UnitCounts
+    num_attempts: int
+    num_rows_again: int
     live: Progress
     num_ready: int
     num_starting: int
@@ -54,10 +58,12 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """What a completed ``run_units`` did."""
+    """What a completed ``run_units`` did; see ``RunProgress``."""
 
     num_units: int
     counts: UnitCounts
+    num_attempts: int
+    num_rows_again: int
     num_replicas_lost: int
 
 
@@ -129,7 +135,12 @@ class _Driver:
         self._hooks = hooks
         self._drain_grace_s = drain_grace_s
         self._clock = clock
-        self._dispatcher = Dispatcher((unit.index for unit in units), policy, self._describe_unit)
+        self._dispatcher = Dispatcher(
+            (unit.index for unit in units),
+            policy,
+            self._describe_unit,
+            lambda unit_index: self._unit(unit_index).num_rows,
+        )
         self._checks: dict[Future[UnitCounts | None], int] = {}
         self._checker = ThreadPoolExecutor(max_workers=4, thread_name_prefix="b2batch-check")
         self._progress: dict[int, Progress] = {}
@@ -147,7 +158,10 @@ class _Driver:
             self._collect_checks()
             self._keep_time(self._clock())
         self._hooks.on_progress(self._run_progress())
-        return RunTotals(self._dispatcher.num_units, self._dispatcher.counts, self._dispatcher.num_lost)
+        units = self._dispatcher.units
+        return RunTotals(
+            units.num_units, units.counts, units.num_attempts, units.num_rows_again, self._dispatcher.num_lost
+        )
 
     def close(self) -> None:
         self._checker.shutdown(wait=False, cancel_futures=True)
@@ -167,17 +181,20 @@ class _Driver:
         now_s = self._clock()
         if replica_id in self._progress:  # else it was killed after it had answered
             self._progress[replica_id] = update.progress
-        self._apply(self._dispatcher.on_heartbeat(replica_id, update.num_steps, now_s))
+        self._dispatcher.on_heartbeat(replica_id, update.num_steps, now_s)
         if update.was_ready:
-            self._handle_ready(replica_id, now_s)
-        for report in update.reports:
-            self._apply(self._dispatcher.on_report(replica_id, report))
+            self._handle_ready(replica_id, update.node_id, now_s)
+        for item in update.news:
+            if isinstance(item, PieceBegun):
+                self._dispatcher.on_piece_begun(replica_id, item)
+            else:
+                self._apply(self._dispatcher.on_report(replica_id, item))
         if update.state is ReplicaState.FAILED:
             self._handle_failed(replica_id, update)
 
-    def _handle_ready(self, replica_id: int, now_s: float) -> None:
+    def _handle_ready(self, replica_id: int, node_id: str, now_s: float) -> None:
         num_ready = self._dispatcher.num_ready
-        self._apply(self._dispatcher.on_replica_ready(replica_id, now_s))
+        self._apply(self._dispatcher.on_replica_ready(replica_id, now_s, node_id))
         if self._dispatcher.num_ready > num_ready:
             logger.info("replica=%d ready; %d ready", replica_id, num_ready + 1)
 
@@ -188,7 +205,8 @@ class _Driver:
             self._give_up_start(replica_id, error)
             return
         self._fleet.kill(replica_id)
-        self._lose(replica_id, Loss.CRASH, f"{code}: {message}\n{trace}")
+        loss = Loss.SUSPECT if code == ReplicaSuspect.__name__ else Loss.CRASH
+        self._lose(replica_id, loss, f"{code}: {message}\n{trace}")
 
     def _give_up_start(self, replica_id: int, error: ErrorText) -> None:
         self._apply(self._dispatcher.on_replica_failed_to_start(replica_id, error, self._clock()))
@@ -203,7 +221,11 @@ class _Driver:
         done = self._progress.pop(replica_id, None)
         if done is not None:
             self._retired += Progress(
-                done.num_rows, done.num_error_rows, done.num_input_tokens, done.num_generated_tokens
+                done.num_rows,
+                done.num_error_rows,
+                done.num_input_tokens,
+                done.num_generated_tokens,
+                num_out_of_memory=done.num_out_of_memory,
             )
 
     def _collect_checks(self) -> None:
@@ -231,8 +253,9 @@ class _Driver:
             return
         if not self._dispatcher.num_leased or self._clock() >= self._drain_deadline_s:
             self._hooks.on_progress(self._run_progress())  # what was committed while draining
+            units = self._dispatcher.units
             raise Drained(
-                f"stopped after {self._dispatcher.num_committed} of {self._dispatcher.num_units} units; "
+                f"stopped after {units.num_committed} of {units.num_units} units; "
                 "the same command goes on from here"
             )
 
@@ -241,12 +264,14 @@ class _Driver:
     def _apply(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Lease(replica_id, unit_index, attempt):
-                    self._fleet.lease(replica_id, UnitLease(self._unit(unit_index), attempt))
-                case StartReplica(replica_id):
+                case Lease():
+                    self._fleet.order(action.replica_id, self._unit_lease(action))
+                case Cancel(replica_id, unit_index, attempt):
+                    self._fleet.order(replica_id, CancelUnit(unit_index, attempt))
+                case StartReplica(replica_id, avoided):
                     logger.debug("replica=%d starting", replica_id)
                     self._progress[replica_id] = Progress()
-                    self._fleet.start(replica_id)
+                    self._fleet.start(replica_id, avoided)
                 case KillReplica(replica_id, reason):
                     logger.info("replica=%d ended: %s", replica_id, reason)
                     self._retire(replica_id)
@@ -258,6 +283,18 @@ class _Driver:
                     self._is_finished = True
                 case Fail(error):
                     raise error
+
+    def _unit_lease(self, lease: Lease) -> UnitLease:
+        unit = self._unit(lease.unit_index)
+        if lease.caution is not None:
+            logger.info(
+                "unit=%d attempt=%d: it took a replica down and runs in %d pieces; %d rows are left out",
+                unit.index,
+                lease.attempt,
+                len(lease.caution.pieces),
+                len(lease.caution.condemned),
+            )
+        return UnitLease(unit, lease.attempt, lease.caution, lease.trusts_nan)
 
     def _find_committed(self, unit: WorkUnit) -> UnitCounts | None:
         try:
@@ -275,11 +312,13 @@ class _Driver:
         return f"unit {unit_index} (rows {unit.first_row} to {last_row} of file {unit.file_index})"
 
     def _run_progress(self) -> RunProgress:
-        dispatcher = self._dispatcher
+        dispatcher, units = self._dispatcher, self._dispatcher.units
         return RunProgress(
-            dispatcher.num_units,
-            dispatcher.num_committed,
-            dispatcher.counts,
+            units.num_units,
+            units.num_committed,
+            units.counts,
+            units.num_attempts,
+            units.num_rows_again,
             sum(self._progress.values(), self._retired),
             dispatcher.num_ready,
             dispatcher.num_starting,

@@ -11,14 +11,17 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
-from b2batch.cluster.dispatch import ErrorText, Loss, poll_timeout_s
 from b2batch.cluster.placement import Placement
-from b2batch.cluster.replica import MakeWorker, Replica, ReplicaUpdate, UnitLease
+from b2batch.cluster.policy import Loss, poll_timeout_s
+from b2batch.cluster.replica import MakeWorker, Order, Replica, ReplicaUpdate
+from b2batch.cluster.verdict import ErrorText
 
 logger = logging.getLogger(__name__)
 
 _GET_TIMEOUT_S = 30.0  # of a reply that Ray says is there
 _NODE_DIED = "node has died"  # stands in Ray's message; the error's type does not tell
+_LOW_MEMORY = "low on memory"  # likewise, of Ray's memory monitor
+_NODE_LABEL = "ray.io/node-id"
 _ANSI_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
@@ -53,11 +56,11 @@ FleetEvent = Answer | Lost | NotStarted
 class Fleet(Protocol):
     """What the driver needs of replicas, whatever runs them."""
 
-    def start(self, replica_id: int) -> None:
-        """Begin to start a replica."""
+    def start(self, replica_id: int, avoided: frozenset[str]) -> None:
+        """Begin to start a replica, not on the ``avoided`` nodes where there are others."""
 
-    def lease(self, replica_id: int, lease: UnitLease) -> None:
-        """Hand a unit to a replica, with its next poll."""
+    def order(self, replica_id: int, order: Order) -> None:
+        """Hand a replica a unit, or have it leave one, with its next poll."""
 
     def kill(self, replica_id: int) -> None:
         """End a replica without asking it; nothing more is heard of it."""
@@ -74,9 +77,16 @@ class Fleet(Protocol):
 class _Member:
     actor: Any
     num_known: int = 0
-    outbox: list[UnitLease] = field(default_factory=list)
+    outbox: list[Order] = field(default_factory=list)
     poll: Any = None  # the outstanding call
-    sent: tuple[UnitLease, ...] = ()
+    sent: tuple[Order, ...] = ()
+
+
+class _ReplicaActor(Replica):
+    """A replica that knows its node."""
+
+    def __init__(self, make_worker: MakeWorker) -> None:
+        super().__init__(make_worker, ray.get_runtime_context().get_node_id())
 
 
 class RayFleet:
@@ -88,7 +98,7 @@ class RayFleet:
 
     def __init__(self, placement: Placement, make_worker: MakeWorker) -> None:
         """``make_worker`` is pickled once; it must be importable, or picklable by value, on the nodes."""
-        self._actor_class = ray.remote(Replica).options(
+        self._actor_class = ray.remote(_ReplicaActor).options(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
             max_restarts=0,  # a death is told at once, and the dispatcher replaces it
@@ -102,18 +112,18 @@ class RayFleet:
         self._make_worker_ref = ray.put(make_worker)
         self._members: dict[int, _Member] = {}
 
-    def start(self, replica_id: int) -> None:
+    def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         """Create the actor; Ray places it when there is room."""
-        self._members[replica_id] = _Member(self.make_actor(replica_id))
+        self._members[replica_id] = _Member(self.make_actor(replica_id, avoided))
 
-    def lease(self, replica_id: int, lease: UnitLease) -> None:
+    def order(self, replica_id: int, order: Order) -> None:
         """Queue for the next poll; one that is waiting is cut short. Nothing for a replica just lost."""
         member = self._members.get(replica_id)
-        if member is None:  # its loss was collected with the news that led to this lease
+        if member is None:  # its loss was collected with the news that led to this order
             return
         if member.poll is not None and not member.outbox:
             member.actor.wake.remote()
-        member.outbox.append(lease)
+        member.outbox.append(order)
 
     def kill(self, replica_id: int) -> None:
         """SIGKILL; a process that is stopped ends about 5 s later."""
@@ -147,16 +157,21 @@ class RayFleet:
         for replica_id in list(self._members):
             self.kill(replica_id)
 
-    def make_actor(self, replica_id: int) -> Any:
+    def make_actor(self, replica_id: int, avoided: frozenset[str]) -> Any:
         """A handle with the methods of ``Replica``."""
-        return self._actor_class.remote(self._make_worker_ref)
+        others = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - avoided if avoided else ()
+        if not others:
+            return self._actor_class.remote(self._make_worker_ref)
+        logger.warning("replica=%d: not on nodes %s, where replicas died", replica_id, sorted(avoided))
+        elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"}
+        return self._actor_class.options(label_selector=elsewhere).remote(self._make_worker_ref)
 
     def kill_actor(self, actor: Any) -> None:
         """End what ``make_actor`` made."""
         ray.kill(actor)
 
     def _send_poll(self, member: _Member) -> None:
-        member.sent = (*member.sent, *member.outbox)  # an unanswered poll's leases go again
+        member.sent = (*member.sent, *member.outbox)  # an unanswered poll's orders go again
         member.outbox.clear()
         member.poll = member.actor.poll.remote(member.num_known, member.sent, self._poll_timeout_s)
 
@@ -177,14 +192,14 @@ class RayFleet:
 
     def _note_answer(self, replica_id: int, member: _Member, update: ReplicaUpdate) -> Answer:
         member.sent = ()
-        member.num_known = update.num_reports
+        member.num_known = update.num_news
         return Answer(replica_id, update)
 
 
 def _loss_of(error: RayError) -> Loss:
     if isinstance(error, RayActorError) and (error.preempted or _NODE_DIED in str(error)):
         return Loss.NODE
-    return Loss.CRASH
+    return Loss.MEMORY if _LOW_MEMORY in str(error) else Loss.CRASH
 
 
 def _start_error_text(error: RayError) -> ErrorText:

@@ -2,8 +2,9 @@
 
 Nothing here knows Ray; ``fleet`` makes an actor of it. The driver's calls never wait for the engine:
 ``poll`` hands in leases and takes out reports under one lock, so a replica answers while its model
-loads or a long step runs. Reports stay here until the driver says that it has them, and a lease given
-twice is taken once: a reply lost on the way loses nothing.
+loads or a long step runs. News stays here until the driver says that it has it, and a lease given
+twice is taken once: a reply lost on the way loses nothing. A unit that took a replica down runs in
+pieces; none begins before the driver has said that it knows which one comes next.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from b2batch.rows import UnitReport, WorkUnit
+from b2batch.rows import Caution, PieceBegun, UnitReport, WorkUnit
 from b2batch.telemetry import Progress
 
 _MAX_MESSAGE_CHARS = 2_000
@@ -36,8 +37,23 @@ class Worker(Protocol):
         """Whether ``step`` has nothing to do."""
         ...
 
-    def add_unit(self, unit: WorkUnit, attempt: int) -> None:
+    @property
+    def next_piece(self) -> PieceBegun | None:
+        """The piece of a unit under caution whose turn it is."""
+        ...
+
+    def add_unit(
+        self, unit: WorkUnit, attempt: int, caution: Caution | None = None, *, trusts_nan: bool = False
+    ) -> None:
         """Take a unit. An exception fails this attempt of the unit, not the replica."""
+        ...
+
+    def begin_piece(self) -> None:
+        """Go on with ``next_piece``. An exception fails this attempt of its unit."""
+        ...
+
+    def drop_unit(self, unit_index: int) -> None:
+        """Leave a unit; nothing if it is not there."""
         ...
 
     def step(self) -> list[UnitReport]:
@@ -58,6 +74,20 @@ class UnitLease:
 
     unit: WorkUnit
     attempt: int
+    caution: Caution | None = None
+    trusts_nan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CancelUnit:
+    """Leave this attempt: another replica has committed the unit."""
+
+    unit_index: int
+    attempt: int
+
+
+Order = UnitLease | CancelUnit
+News = UnitReport | PieceBegun
 
 
 class ReplicaState(Enum):
@@ -70,92 +100,108 @@ class ReplicaState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaUpdate:
-    """The answer to a poll. ``num_reports`` counts all reports so far, up to the last one in ``reports``."""
+    """The answer to a poll. ``num_news`` counts all news so far, up to the last in ``news``."""
 
     state: ReplicaState
     was_ready: bool
-    reports: tuple[UnitReport, ...]
-    num_reports: int
+    news: tuple[News, ...]
+    num_news: int
     num_steps: int
     progress: Progress
     error: tuple[str, str, str] | None = None
+    node_id: str = ""
 
 
 class Replica:
     """Builds the worker on its own thread at once; ``poll`` tells when it is ready."""
 
-    def __init__(self, make_worker: MakeWorker) -> None:
+    def __init__(self, make_worker: MakeWorker, node_id: str = "") -> None:
         self._make_worker = make_worker
+        self._node_id = node_id
         self._changed = threading.Condition()
         self._state = ReplicaState.STARTING
         self._was_ready = False
         self._error: tuple[str, str, str] | None = None
         self._inbox: deque[UnitLease] = deque()
+        self._cancelled: deque[int] = deque()  # units that the worker has to drop
         self._seen: dict[int, int] = {}  # unit index -> the latest attempt that was leased to us
-        self._reports: deque[UnitReport] = deque()  # those the driver has not acknowledged
-        self._num_reports = 0
+        self._news: deque[News] = deque()  # what the driver has not acknowledged
+        self._num_news = 0
         self._num_steps = 0
         self._progress = Progress()
         self._is_stopping = False
-        self._has_news = False
+        self._is_woken = False
         self._thread = threading.Thread(target=self._run, name="b2batch-worker", daemon=True)
         self._thread.start()
 
     # --- called by the driver, on any thread -----------------------------------------------------
 
-    def poll(self, num_known: int, leases: tuple[UnitLease, ...], timeout_s: float) -> ReplicaUpdate:
-        """Hand in ``leases``, wait up to ``timeout_s`` for news, and tell them.
+    def poll(self, num_known: int, orders: tuple[Order, ...], timeout_s: float) -> ReplicaUpdate:
+        """Hand in ``orders``, wait up to ``timeout_s`` for news, and tell it.
 
-        ``num_known`` is how many reports the caller has: those are dropped here, the others told again.
+        ``num_known`` is how much news the caller has: it is dropped here, the rest told again.
         """
         with self._changed:
             self._acknowledge(num_known)
-            self._accept(leases)
-            self._changed.wait_for(lambda: self._has_news or bool(self._reports), timeout_s)
-            self._has_news = False
+            self._accept(orders)
+            self._changed.wait_for(lambda: self._is_woken or bool(self._news), timeout_s)
+            self._is_woken = False
             return self._update()
 
     def wake(self) -> None:
         """Let a waiting poll return: the driver has something to hand in."""
         with self._changed:
-            self._tell_news()
+            self._wake()
 
     def stop(self, timeout_s: float) -> bool:
         """End after the engine's current step, so that no commit is cut; True when it has ended."""
         with self._changed:
             self._is_stopping = True
-            self._tell_news()
+            self._wake()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _acknowledge(self, num_known: int) -> None:
-        num_unknown = self._num_reports - num_known
-        while len(self._reports) > max(0, num_unknown):
-            report = self._reports.popleft()
-            if self._seen.get(report.unit_index) == report.attempt:
-                del self._seen[report.unit_index]
+        num_unknown = self._num_news - num_known
+        while len(self._news) > max(0, num_unknown):
+            item = self._news.popleft()
+            if isinstance(item, UnitReport) and self._seen.get(item.unit_index) == item.attempt:
+                del self._seen[item.unit_index]
+        self._changed.notify_all()
 
-    def _accept(self, leases: tuple[UnitLease, ...]) -> None:
-        for lease in leases:
-            if lease.attempt > self._seen.get(lease.unit.index, 0):
-                self._seen[lease.unit.index] = lease.attempt
-                self._inbox.append(lease)
-        if leases:
+    def _accept(self, orders: tuple[Order, ...]) -> None:
+        for order in orders:
+            if isinstance(order, CancelUnit):
+                self._cancel(order)
+            elif order.attempt > self._seen.get(order.unit.index, 0):
+                self._seen[order.unit.index] = order.attempt
+                self._inbox.append(order)
+        if orders:
             self._changed.notify_all()
+
+    def _cancel(self, order: CancelUnit) -> None:
+        if self._seen.get(order.unit_index) != order.attempt:
+            return  # told twice, or over already
+        waiting = [lease for lease in self._inbox if lease.unit.index == order.unit_index]
+        for lease in waiting:
+            self._inbox.remove(lease)
+        if not waiting:
+            self._cancelled.append(order.unit_index)
 
     def _update(self) -> ReplicaUpdate:
         return ReplicaUpdate(
             self._state,
             self._was_ready,
-            tuple(self._reports),
-            self._num_reports,
+            tuple(self._news),
+            self._num_news,
             self._num_steps,
             self._progress,
             self._error,
+            self._node_id,
         )
 
-    def _tell_news(self) -> None:
-        self._has_news = True
+    def _wake(self) -> None:
+        self._is_woken = True
         self._changed.notify_all()
 
     # --- the worker's thread ---------------------------------------------------------------------
@@ -167,8 +213,8 @@ class Replica:
             while not self._is_stopping:
                 self._feed(worker)
                 if worker.idle:
-                    self._wait_for_lease()
-                else:
+                    self._wait_for_orders()
+                elif self._begin_piece(worker):
                     self._step(worker)
         except BaseException as error:  # a SystemExit here must not look like a replica that is well
             self._enter(ReplicaState.FAILED, error_text(error))
@@ -178,19 +224,43 @@ class Replica:
             self._state = state
             self._was_ready = self._was_ready or state is ReplicaState.READY
             self._error = error
-            self._tell_news()
+            self._wake()
 
     def _feed(self, worker: Worker) -> None:
+        while self._cancelled:
+            worker.drop_unit(self._cancelled.popleft())
         while self._inbox and worker.wants_unit:
             lease = self._inbox.popleft()
             try:
-                worker.add_unit(lease.unit, lease.attempt)
+                worker.add_unit(lease.unit, lease.attempt, lease.caution, trusts_nan=lease.trusts_nan)
             except Exception as error:
                 self._publish([UnitReport(lease.unit.index, lease.attempt, error=error_text(error))])
 
-    def _wait_for_lease(self) -> None:
+    def _begin_piece(self, worker: Worker) -> bool:
+        """Begin the piece whose turn it is, if there is one; whether the worker can go on."""
+        piece = worker.next_piece
+        if piece is None:
+            return True
+        if not self._announce(piece):
+            return False
+        try:
+            worker.begin_piece()
+        except Exception as error:
+            worker.drop_unit(piece.unit_index)
+            self._publish([UnitReport(piece.unit_index, piece.attempt, error=error_text(error))])
+            return False
+        return True
+
+    def _announce(self, piece: PieceBegun) -> bool:
+        """Tell the driver, and wait until it is known there; False when something else comes first."""
+        self._publish([piece])
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopping or bool(self._inbox))
+            self._changed.wait_for(lambda: piece not in self._news or self._is_stopping)
+        return not self._is_stopping and not self._cancelled
+
+    def _wait_for_orders(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopping or bool(self._inbox) or bool(self._cancelled))
 
     def _step(self, worker: Worker) -> None:
         reports = worker.step()
@@ -199,10 +269,10 @@ class Replica:
         if reports:
             self._publish(reports)
 
-    def _publish(self, reports: list[UnitReport]) -> None:
+    def _publish(self, news: Sequence[News]) -> None:
         with self._changed:
-            self._reports.extend(reports)
-            self._num_reports += len(reports)
+            self._news.extend(news)
+            self._num_news += len(news)
             self._changed.notify_all()
 
 

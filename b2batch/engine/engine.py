@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+from llguidance import LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +37,7 @@ from b2batch.spec import SamplingSpec
 
 _SCORING = SamplingSpec()
 
+_LEAST_TOKENS = 16  # of a step, where memory is short
 
 @dataclass(slots=True)
 class EngineStats:
@@ -86,6 +89,7 @@ class Engine:
         self.stats = EngineStats()
         self._scheduler = Scheduler(limits)
         self.runner = Runner(model, limits.kv_cache_tokens)
+        self._full_limits = limits
         self._max_model_len = max_model_len
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
@@ -155,9 +159,8 @@ class Engine:
         and the steps have their full size again.
         """
         limits = self._scheduler.limits
-        alone = self._scheduler.running[0].request_id if self.num_running == 1 else None
-        empty_cache(self.runner.device)
-        if alone is None or limits.max_num_batched_tokens > _LEAST_TOKENS:
+        if limits.max_num_seqs > 1 or limits.max_num_batched_tokens > _LEAST_TOKENS:
+        torch.cuda.empty_cache()
             num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)
             num_tokens = max(num_seqs, _LEAST_TOKENS, limits.max_num_batched_tokens // 2)
             limits = replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
@@ -166,6 +169,7 @@ class Engine:
         self._scheduler.restart(self._full_limits)
         self.cancel(alone)
         return alone
+        alone = (self._scheduler.running or self._scheduler.waiting)[0].request_id
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; nothing if it is not here."""

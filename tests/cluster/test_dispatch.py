@@ -1,17 +1,17 @@
 import pytest
 
-from b2batch.cluster.dispatch import (
+from b2batch.cluster.actions import (
+    Cancel,
     CheckCommitted,
-    Dispatcher,
-    DispatchPolicy,
     Fail,
     Finish,
     KillReplica,
     Lease,
-    Loss,
     StartReplica,
 )
-from b2batch.errors import ClusterError, DriftError, ModelError, UnitFailed
+from b2batch.cluster.dispatch import Dispatcher
+from b2batch.cluster.policy import DispatchPolicy, Loss
+from b2batch.errors import ClusterError, DriftError, ModelError, StorageFull, UnitFailed
 from b2batch.rows import UnitCounts, UnitReport
 
 ONE_ROW = UnitCounts(num_ok=1)
@@ -40,6 +40,10 @@ def failed(lease, code="OSError", message="no luck"):
     )
 
 
+def storage_full(lease):
+    return failed(lease, "StorageFull", "no space left")
+
+
 def of(kind, actions):
     return [action for action in actions if isinstance(action, kind)]
 
@@ -58,7 +62,7 @@ def run_to_end(dispatcher, leases):
 def test_all_units_are_computed_once_when_nothing_fails(num_units, num_replicas):
     dispatcher, leases = started(num_units, num_replicas)
     assert run_to_end(dispatcher, leases) == [Finish()]
-    assert dispatcher.counts.num_ok == num_units
+    assert dispatcher.units.counts.num_ok == num_units
 
 
 def test_nothing_to_do_finishes_without_a_replica():
@@ -78,12 +82,12 @@ def test_a_replica_holds_at_most_max_leases():
 def test_units_of_a_lost_replica_are_checked_then_leased_again():
     dispatcher, leases = started(num_units=4)
     lost = [lease.unit_index for lease in leases if lease.replica_id == 0]
-    actions = dispatcher.on_replica_lost(0, Loss.CRASH, "killed", 1.0)
+    actions = dispatcher.on_replica_lost(0, Loss.NODE, "gone", 1.0)
     assert actions == [*map(CheckCommitted, lost), StartReplica(2)]
     dispatcher.on_unit_checked(lost[0], None)
     dispatcher.on_unit_checked(lost[1], ONE_ROW)
     assert dispatcher.on_replica_ready(2, 2.0) == [Lease(2, lost[0], 2)]
-    assert dispatcher.num_committed == 1
+    assert dispatcher.units.num_committed == 1
 
 
 def test_waiting_replicas_take_what_came_back():
@@ -103,10 +107,9 @@ def test_a_late_commit_of_a_replaced_replica_counts_and_a_late_failure_does_not(
     again = dispatcher.on_replica_ready(1, 2.0)
     assert dispatcher.on_report(*failed(leases[0])) == []
     assert dispatcher.on_report(*done(leases[1])) == []
-    assert dispatcher.num_committed == 1
-    assert dispatcher.on_report(*done(again[1])) == []
+    assert dispatcher.units.num_committed == 1
     assert dispatcher.on_report(*done(again[0])) == [Finish()]
-    assert dispatcher.counts.num_ok == 2
+    assert dispatcher.units.counts.num_ok == 2
 
 
 def test_a_failed_unit_is_tried_on_another_replica():
@@ -131,38 +134,18 @@ def test_an_error_that_no_retry_mends_ends_the_run_at_once_as_itself():
     assert isinstance(fail.error, DriftError)
 
 
-def test_a_unit_that_kills_three_replicas_is_named_and_its_neighbours_are_not():
-    dispatcher, leases = started(num_units=6, num_replicas=2)
-    poison, fail, now_s = leases[0].unit_index, [], 0.0
-    replicas, held = {0, 1}, {lease.unit_index: lease for lease in leases}
-    while not fail:
-        now_s += 1.0
-        if poison in held:
-            victim = held[poison].replica_id
-            actions = dispatcher.on_replica_lost(victim, Loss.CRASH, "signal 9", now_s)
-            held = {unit: lease for unit, lease in held.items() if lease.replica_id != victim}
-        else:
-            lease = held.pop(next(iter(held)))
-            actions = dispatcher.on_report(*done(lease))
-        while actions:
-            action = actions.pop(0)
-            match action:
-                case Lease():
-                    held[action.unit_index] = action
-                case CheckCommitted(unit):
-                    actions += dispatcher.on_unit_checked(unit, None)
-                case StartReplica(replica_id):
-                    replicas.add(replica_id)
-                    actions += dispatcher.on_replica_ready(replica_id, now_s)
-                case Fail():
-                    fail.append(action)
-        actions = dispatcher.on_tick(now_s)
-        for start in of(StartReplica, actions):
-            for lease in of(Lease, dispatcher.on_replica_ready(start.replica_id, now_s)):
-                held[lease.unit_index] = lease
-    assert isinstance(fail[0].error, ClusterError)
-    assert f"unit {poison}:" in str(fail[0].error)
-    assert "signal 9" in str(fail[0].error)
+def test_a_unit_that_kills_before_a_row_begins_is_named():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    now_s, fails = 0.0, []
+    while not fails:
+        now_s += 31.0
+        actions = dispatcher.on_replica_lost(lease.replica_id, Loss.CRASH, "signal 9", now_s)
+        fails = of(Fail, dispatcher.on_unit_checked(0, None))
+        for start in of(StartReplica, actions + dispatcher.on_tick(now_s + 30)):
+            [lease] = dispatcher.on_replica_ready(start.replica_id, now_s) or [None]
+    assert isinstance(fails[0].error, ClusterError)
+    assert "unit 0: 3 replicas died before a row" in str(fails[0].error)
+    assert "signal 9" in str(fails[0].error)
 
 
 def test_a_dead_node_is_not_held_against_its_units():
@@ -249,7 +232,7 @@ def tick_until(dispatcher, now_s, kind, until_s):
 
 
 def test_a_silent_replica_with_leases_is_killed_and_replaced():
-    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0)
+    dispatcher, _ = started(num_units=4, num_replicas=1, step_timeout_s=20.0)
     dispatcher.on_heartbeat(0, 1, 5.0)
     now_s, kills = tick_until(dispatcher, 0.0, KillReplica, 100.0)
     assert (now_s, kills[0].replica_id) == (25.0, 0)
@@ -257,10 +240,10 @@ def test_a_silent_replica_with_leases_is_killed_and_replaced():
 
 
 def test_among_many_replicas_silence_is_borne_longer():
-    """They are polled more seldom: three polls may go by without an answer."""
-    dispatcher, _ = started(num_units=4000, num_replicas=1000, hang_timeout_s=60.0)
+    """They answer more seldom where they have no news."""
+    dispatcher, _ = started(num_units=4000, num_replicas=1000)
     now_s, _ = tick_until(dispatcher, 0.0, KillReplica, 300.0)
-    assert now_s == 150.0
+    assert now_s == 160.0
 
 
 def test_ready_and_starting_replicas_are_told_apart_through_losses():
@@ -277,7 +260,7 @@ def test_ready_and_starting_replicas_are_told_apart_through_losses():
 
 
 def test_a_replica_that_answers_but_does_not_move_is_killed_later():
-    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0, stall_timeout_s=50.0)
+    dispatcher, _ = started(num_units=4, num_replicas=1, step_timeout_s=50.0)
     killed_s = None
     for now_s in range(1, 100):
         dispatcher.on_heartbeat(0, 7, float(now_s))
@@ -288,7 +271,7 @@ def test_a_replica_that_answers_but_does_not_move_is_killed_later():
 
 
 def test_a_driver_that_slept_blames_nobody():
-    dispatcher, _ = started(num_units=4, num_replicas=1, hang_timeout_s=20.0)
+    dispatcher, _ = started(num_units=4, num_replicas=1, step_timeout_s=20.0)
     assert dispatcher.on_tick(1.0) == []
     assert dispatcher.on_tick(5000.0) == []
 
@@ -306,7 +289,7 @@ def test_a_straggler_is_copied_once_and_the_first_commit_wins():
     assert of(Lease, dispatcher.on_tick(9.0)) == []
     assert dispatcher.on_report(*done(copy)) == [Finish()]
     assert dispatcher.on_report(*done(slow)) == []
-    assert dispatcher.counts.num_ok == 3
+    assert dispatcher.units.counts.num_ok == 3
 
 
 def with_a_copy():
@@ -354,3 +337,75 @@ def test_draining_leases_and_starts_nothing_more():
     assert dispatcher.on_report(*done(leases[0])) == []
     assert of(StartReplica, dispatcher.on_replica_lost(1, Loss.CRASH, "", 1.0)) == []
     assert dispatcher.on_tick(2.0) == []
+
+
+def test_what_waits_behind_another_unit_is_taken_over_at_once():
+    dispatcher = make(num_units=2, num_replicas=2)
+    first, second = dispatcher.start(0.0)
+    held = dispatcher.on_replica_ready(first.replica_id, 0.0)
+    assert dispatcher.on_replica_ready(second.replica_id, 0.0) == []
+    [copy] = of(Lease, dispatcher.on_tick(0.5))
+    assert (copy.replica_id, copy.unit_index) == (second.replica_id, held[1].unit_index)
+    cancelled = dispatcher.on_report(*done(copy))
+    assert cancelled == [Cancel(first.replica_id, copy.unit_index, 1)]
+    assert dispatcher.on_report(*done(held[0])) == [Finish()]
+    assert dispatcher.units.counts.num_ok == 2
+    assert (dispatcher.units.num_attempts, dispatcher.units.num_rows_again) == (3, 1)
+
+
+def test_a_full_output_makes_everybody_wait_and_is_tried_again():
+    dispatcher, leases = started(num_units=8, num_replicas=2, max_leases=1)
+    assert dispatcher.on_report(*storage_full(leases[0])) == []
+    assert dispatcher.on_report(*done(leases[1])) == []
+    assert of(Lease, dispatcher.on_tick(4.0)) == []
+    again = of(Lease, dispatcher.on_tick(5.0))
+    assert leases[0].unit_index in {lease.unit_index for lease in again}
+    assert run_to_end(dispatcher, again) == [Finish()]
+
+
+def test_an_output_that_stays_full_ends_the_run_as_what_it_is():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    now_s = 0.0
+    for _ in range(3):
+        assert dispatcher.on_report(*storage_full(lease)) == []
+        now_s += 20.0
+        [lease] = dispatcher.on_tick(now_s)
+    [fail] = dispatcher.on_report(*storage_full(lease))
+    assert isinstance(fail.error, StorageFull)
+    assert "no space left" in str(fail.error)
+
+
+def test_a_node_on_which_replicas_only_die_is_avoided_until_one_works_there():
+    dispatcher = make(num_units=100, num_replicas=1)
+    [start] = dispatcher.start(0.0)
+    now_s = 0.0
+    for _ in range(3):
+        assert start.avoided == frozenset()
+        dispatcher.on_replica_ready(start.replica_id, now_s, "node-a")
+        now_s += 31.0
+        actions = dispatcher.on_replica_lost(start.replica_id, Loss.CRASH, "", now_s)
+        [start] = of(StartReplica, actions + dispatcher.on_tick(now_s + 30))
+    assert start.avoided == {"node-a"}
+
+
+def test_replicas_that_die_while_they_start_end_the_run_soon():
+    dispatcher = make(num_replicas=2)
+    starts, now_s, num_deaths = dispatcher.start(0.0), 0.0, 0
+    while True:
+        actions = dispatcher.on_replica_lost(starts.pop().replica_id, Loss.CRASH, "signal 11", now_s)
+        num_deaths += 1
+        if fails := of(Fail, actions):
+            break
+        now_s += 10.0
+        starts += of(StartReplica, actions + dispatcher.on_tick(now_s))
+    assert num_deaths == 4
+    assert "no replica could be started: its process died: signal 11" in str(fails[0].error)
+
+
+def test_a_replica_without_finite_logits_is_replaced_once_then_the_rows_are_trusted():
+    dispatcher, [lease] = started(num_units=1, num_replicas=1)
+    assert not lease.trusts_nan
+    [start] = of(StartReplica, dispatcher.on_replica_lost(0, Loss.SUSPECT, "all NaN", 1.0))
+    dispatcher.on_unit_checked(0, None)
+    [again] = dispatcher.on_replica_ready(start.replica_id, 2.0)
+    assert (again.trusts_nan, again.caution) == (True, None)

@@ -1,5 +1,5 @@
 """The dispatcher in a simulated world: a store that creates exclusively, replicas that crash, hang,
-wake as zombies, fail, answer twice or not at all."""
+wake as zombies, fail, answer twice or not at all, and rows that take them down."""
 
 from dataclasses import dataclass, field
 
@@ -7,22 +7,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from b2batch.cluster.dispatch import (
+from b2batch.cluster.actions import (
+    Cancel,
     CheckCommitted,
-    Dispatcher,
-    DispatchPolicy,
     Fail,
     Finish,
     KillReplica,
     Lease,
-    Loss,
     StartReplica,
 )
+from b2batch.cluster.dispatch import Dispatcher
+from b2batch.cluster.policy import DispatchPolicy, Loss
 from b2batch.errors import ClusterError, UnitFailed
-from b2batch.rows import UnitCounts, UnitReport
+from b2batch.rows import PieceBegun, UnitCounts, UnitReport
 
 MAX_LEASES = 3
 HANG_S = 30.0
+ROWS = 40  # of a unit: more than are run one by one at first
 
 
 @dataclass
@@ -31,13 +32,19 @@ class SimReplica:
     is_frozen: bool = False
     num_steps: int = 0
     leases: list[Lease] = field(default_factory=list)
-    outbox: list[UnitReport] = field(default_factory=list)
+    num_begun: dict[int, int] = field(default_factory=dict)  # unit -> pieces of it that were announced
+    outbox: list[UnitReport | PieceBegun] = field(default_factory=list)
 
 
 class DispatchWorld(RuleBasedStateMachine):
-    @initialize(num_units=st.integers(1, 25), num_replicas=st.integers(1, 4))
-    def begin(self, num_units, num_replicas):
+    @initialize(
+        num_units=st.integers(1, 25),
+        num_replicas=st.integers(1, 4),
+        poison=st.sets(st.tuples(st.integers(0, 24), st.integers(0, ROWS - 1)), max_size=3),
+    )
+    def begin(self, num_units, num_replicas, poison):
         self.num_units = num_units
+        self.poison = {unit: {row for other, row in poison if other == unit} for unit in range(num_units)}
         self.now_s = 0.0
         self.store: dict[int, int] = {}  # unit -> how often its part was created
         self.replicas: dict[int, SimReplica] = {}
@@ -49,10 +56,9 @@ class DispatchWorld(RuleBasedStateMachine):
             num_replicas=num_replicas,
             start_timeout_s=1e9,
             max_leases=MAX_LEASES,
-            hang_timeout_s=HANG_S,
-            stall_timeout_s=2 * HANG_S,
+            step_timeout_s=HANG_S,
         )
-        self.dispatcher = Dispatcher(range(num_units), policy)
+        self.dispatcher = Dispatcher(range(num_units), policy, num_rows=lambda unit: ROWS)
         self.apply(self.dispatcher.start(0.0))
 
     # --- the world -------------------------------------------------------------------------------
@@ -70,6 +76,10 @@ class DispatchWorld(RuleBasedStateMachine):
                     self.checks.append(unit)
                 case Lease():
                     self.accept(action)
+                case Cancel(replica_id, unit):
+                    replica = self.replicas[replica_id]
+                    self.zombies += [lease for lease in replica.leases if lease.unit_index == unit]
+                    replica.leases = [lease for lease in replica.leases if lease.unit_index != unit]
                 case Finish() | Fail():
                     self.ended = action
 
@@ -97,11 +107,41 @@ class DispatchWorld(RuleBasedStateMachine):
     def deliver(self, replica_id):
         replica = self.replicas[replica_id]
         reports, replica.outbox = replica.outbox, []
-        self.apply(self.dispatcher.on_heartbeat(replica_id, replica.num_steps, self.now_s))
+        self.dispatcher.on_heartbeat(replica_id, replica.num_steps, self.now_s)
         for report in reports:
             self.old_reports.append((replica_id, report))
             if self.ended is None:
-                self.apply(self.dispatcher.on_report(replica_id, report))
+                self.tell(replica_id, report)
+
+    def tell(self, replica_id, report):
+        if isinstance(report, PieceBegun):
+            self.dispatcher.on_piece_begun(replica_id, report)
+        else:
+            self.apply(self.dispatcher.on_report(replica_id, report))
+
+    def is_deadly(self, lease):
+        """Whether the replica dies of what it computes next of this lease."""
+        poison = self.poison[lease.unit_index]
+        if lease.caution is None:
+            return bool(poison)
+        number = self.replicas[lease.replica_id].num_begun.get(lease.unit_index, 0) - 1
+        return number >= 0 and bool(poison & set(lease.caution.pieces[number]))
+
+    def die(self, replica_id, loss):
+        self.bury(replica_id)
+        self.apply(self.dispatcher.on_replica_lost(replica_id, loss, "gone", self.now_s))
+
+    def begin_piece(self, lease):
+        """Announce the next piece of a lease under caution; False when all are begun."""
+        replica = self.replicas[lease.replica_id]
+        number = replica.num_begun.get(lease.unit_index, 0)
+        if lease.caution is None or number == len(lease.caution.pieces):
+            return False
+        replica.num_begun[lease.unit_index] = number + 1
+        begun = PieceBegun(lease.unit_index, lease.attempt, number)
+        self.old_reports.append((lease.replica_id, begun))
+        self.tell(lease.replica_id, begun)  # a replica goes on only once it is known
+        return True
 
     # --- what may happen -------------------------------------------------------------------------
 
@@ -118,7 +158,14 @@ class DispatchWorld(RuleBasedStateMachine):
         if replica_id is not None:
             replica = self.replicas[replica_id]
             replica.num_steps += 1
-            lease = replica.leases.pop(data.draw(st.integers(0, len(replica.leases) - 1)))
+            self.compute(replica, data.draw(st.sampled_from(replica.leases)))
+
+    def compute(self, replica, lease):
+        """A lease's next piece, or all of it."""
+        if self.is_deadly(lease):
+            self.die(lease.replica_id, Loss.CRASH)
+        elif not self.begin_piece(lease):
+            replica.leases.remove(lease)
             replica.outbox.append(self.commit(lease))
 
     @rule(data=st.data())
@@ -140,8 +187,7 @@ class DispatchWorld(RuleBasedStateMachine):
     def is_lost_with_its_reports(self, data, loss):
         replica_id = self.pick(data, lambda replica: True)
         if replica_id is not None:
-            self.bury(replica_id)
-            self.apply(self.dispatcher.on_replica_lost(replica_id, loss, "gone", self.now_s))
+            self.die(replica_id, loss)
 
     @rule(data=st.data())
     def freezes(self, data):
@@ -160,6 +206,8 @@ class DispatchWorld(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_zombie_commits_and_its_report_arrives(self, data):
         lease = self.zombies.pop(data.draw(st.integers(0, len(self.zombies) - 1)))
+        if self.poison[lease.unit_index] and lease.caution is None:
+            return  # it died of it
         report = self.commit(lease)
         if data.draw(st.booleans()):
             self.apply(self.dispatcher.on_report(lease.replica_id, report))
@@ -168,7 +216,7 @@ class DispatchWorld(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_report_arrives_twice(self, data):
         replica_id, report = data.draw(st.sampled_from(self.old_reports))
-        self.apply(self.dispatcher.on_report(replica_id, report))
+        self.tell(replica_id, report)
 
     @precondition(lambda self: self.checks)
     @rule(data=st.data())
@@ -190,7 +238,7 @@ class DispatchWorld(RuleBasedStateMachine):
 
     @invariant()
     def nothing_counts_twice_or_uncommitted(self):
-        assert self.dispatcher.counts.num_ok == self.dispatcher.num_committed <= len(self.store)
+        assert self.dispatcher.units.counts.num_ok == self.dispatcher.units.num_committed <= len(self.store)
 
     @invariant()
     def finished_means_all_committed(self):
@@ -203,12 +251,12 @@ class DispatchWorld(RuleBasedStateMachine):
             return
         for replica in self.replicas.values():
             replica.outbox.clear()  # replies lost while the replica lives on
-        for _ in range(self.num_units + 200):
+        for _ in range(self.num_units * 3 + 400):
             if self.ended is None:
                 self.calm_round()
         assert self.ended is not None, "no progress in a calm world"
         if isinstance(self.ended, Finish):
-            assert self.dispatcher.num_committed == self.num_units == len(self.store)
+            assert self.dispatcher.units.num_committed == self.num_units == len(self.store)
         else:
             assert isinstance(self.ended.error, ClusterError | UnitFailed)
 
@@ -218,7 +266,7 @@ class DispatchWorld(RuleBasedStateMachine):
             counts = UnitCounts(num_ok=1) if unit in self.store else None
             self.apply(self.dispatcher.on_unit_checked(unit, counts))
         for replica_id, replica in list(self.replicas.items()):
-            if self.ended is None and not replica.is_frozen:
+            if self.ended is None and not replica.is_frozen and replica_id in self.replicas:
                 self.calm_turn(replica_id, replica)
         if self.ended is None:
             self.now_s += 5.0
@@ -229,9 +277,11 @@ class DispatchWorld(RuleBasedStateMachine):
             replica.is_ready = True
             self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
         replica.num_steps += bool(replica.leases)
-        replica.outbox += [self.commit(lease) for lease in replica.leases]
-        replica.leases = []
-        self.deliver(replica_id)
+        for lease in list(replica.leases):
+            while replica_id in self.replicas and lease in replica.leases and self.ended is None:
+                self.compute(replica, lease)
+        if replica_id in self.replicas:
+            self.deliver(replica_id)
 
 
 DispatchWorld.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

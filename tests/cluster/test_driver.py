@@ -3,9 +3,9 @@
 import pytest
 from fake_worker import FakeWorker, find_committed, make_units
 
-from b2batch.cluster.dispatch import DispatchPolicy, Loss
 from b2batch.cluster.driver import RunHooks, run_units
 from b2batch.cluster.fleet import Answer, Lost
+from b2batch.cluster.policy import DispatchPolicy, Loss
 from b2batch.cluster.replica import Replica
 from b2batch.errors import Drained, Fenced, IntegrityError, UnitFailed
 
@@ -19,12 +19,12 @@ class ThreadFleet:
         self.num_waits, self.now_s = 0, 0.0
         self.closed = False
 
-    def start(self, replica_id):
+    def start(self, replica_id, avoided):
         self.replicas[replica_id] = Replica(self.make_worker)
         self.known[replica_id], self.outbox[replica_id] = 0, []
 
-    def lease(self, replica_id, lease):
-        self.outbox[replica_id].append(lease)
+    def order(self, replica_id, order):
+        self.outbox[replica_id].append(order)
 
     def kill(self, replica_id):
         self.replicas.pop(replica_id).stop(10.0)
@@ -40,7 +40,7 @@ class ThreadFleet:
     def poll(self, replica_id):
         leases, self.outbox[replica_id] = tuple(self.outbox[replica_id]), []
         update = self.replicas[replica_id].poll(self.known[replica_id], leases, 0.05)
-        self.known[replica_id] = update.num_reports
+        self.known[replica_id] = update.num_news
         return update
 
     def close(self, grace_s):

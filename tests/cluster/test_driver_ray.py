@@ -5,18 +5,26 @@ import signal
 import time
 
 import pytest
-from fake_worker import FakeWorker, find_committed, make_units
+from fake_worker import FakeWorker, find_committed, make_units, part_path
 
-from b2batch.cluster.dispatch import DispatchPolicy
 from b2batch.cluster.driver import RunHooks, run_units
 from b2batch.cluster.fleet import RayFleet
 from b2batch.cluster.placement import Placement
+from b2batch.cluster.policy import DispatchPolicy
 from b2batch.errors import ClusterError, Drained
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def run(worker, num_units, num_replicas=1, should_stop=lambda: False, on_progress=lambda _: None, **policy):
+def run(
+    worker,
+    num_units,
+    num_replicas=1,
+    rows_per_unit=4,
+    should_stop=lambda: False,
+    on_progress=lambda _: None,
+    **policy,
+):
     placement = Placement(num_replicas, num_cpus=1.0, num_gpus=0.0)
     policy = {"start_timeout_s": 60.0, **policy}
     hooks = RunHooks(
@@ -26,7 +34,7 @@ def run(worker, num_units, num_replicas=1, should_stop=lambda: False, on_progres
         should_stop=should_stop,
     )
     return run_units(
-        make_units(num_units),
+        make_units(num_units, rows_per_unit),
         RayFleet(placement, worker),
         DispatchPolicy(num_replicas=num_replicas, **policy),
         hooks,
@@ -66,14 +74,17 @@ def test_a_replica_that_dies_in_the_middle_is_replaced(tmp_path, harm):
 
 def test_a_replica_that_hangs_is_replaced(tmp_path):
     worker = FakeWorker(tmp_path, harm="stopped", hurt_by=3)
-    totals = run(worker, num_units=8, hang_timeout_s=3.0)
+    totals = run(worker, num_units=8, step_timeout_s=3.0)
     assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (8, 32, 1)
 
 
-def test_a_unit_that_kills_every_replica_is_named(tmp_path):
-    worker = FakeWorker(tmp_path, harm="killed", hurt_by=1, max_harms=100)
-    with pytest.raises(ClusterError, match=r"unit 1 \(rows 4 to 7 of file 0\): 3 replicas died"):
-        run(worker, num_units=3)
+def test_a_row_that_kills_its_process_is_found_and_the_others_are_computed(tmp_path):
+    worker = FakeWorker(tmp_path, poison=frozenset({(1, 250)}))
+    totals = run(worker, num_units=4, rows_per_unit=250 + 1)
+    assert (totals.counts.num_ok, totals.counts.num_error) == (4 * 251 - 1, 1)
+    assert part_path(tmp_path, make_units(2)[1]).read_text().endswith("[250]")
+    assert totals.num_replicas_lost == 4
+    assert totals.num_attempts <= 12
 
 
 def test_a_worker_that_cannot_be_built_ends_the_run_with_its_message_once(tmp_path):

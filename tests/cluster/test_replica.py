@@ -34,10 +34,10 @@ def leases(num_units, attempt=1):
 def collect(replica, handed_in, num_wanted):
     """Reports until there are ``num_wanted``; every poll acknowledges the ones before."""
     update = replica.poll(0, handed_in, WAIT_S)
-    reports = list(update.reports)
+    reports = list(update.news)
     while len(reports) < num_wanted:
-        update = replica.poll(update.num_reports, (), WAIT_S)
-        reports += update.reports
+        update = replica.poll(update.num_news, (), WAIT_S)
+        reports += update.news
     return reports, update
 
 
@@ -45,14 +45,14 @@ def test_each_leased_unit_is_reported_once_when_polls_are_acknowledged(start):
     reports, update = collect(ready(start()), leases(5), 5)
     assert sorted(report.unit_index for report in reports) == [0, 1, 2, 3, 4]
     assert all(report.newly_committed for report in reports)
-    assert (update.num_reports, update.progress.num_rows) == (5, 20)
+    assert (update.num_news, update.progress.num_rows) == (5, 20)
 
 
 def test_reports_of_a_lost_reply_are_told_again(start):
     replica = ready(start())
     reports, _ = collect(replica, leases(1), 1)
-    assert replica.poll(0, (), WAIT_S).reports == tuple(reports)
-    assert replica.poll(1, (), 0.0).reports == ()
+    assert replica.poll(0, (), WAIT_S).news == tuple(reports)
+    assert replica.poll(1, (), 0.0).news == ()
 
 
 def test_a_lease_handed_in_twice_is_computed_once(start):
@@ -65,7 +65,7 @@ def test_a_lease_handed_in_twice_is_computed_once(start):
 def test_a_later_attempt_of_the_same_unit_is_computed(start):
     replica = ready(start())
     collect(replica, leases(1), 1)
-    [report] = replica.poll(1, leases(1, attempt=2), WAIT_S).reports
+    [report] = replica.poll(1, leases(1, attempt=2), WAIT_S).news
     assert (report.attempt, report.newly_committed) == (2, False)
 
 
@@ -110,7 +110,7 @@ def test_a_unit_that_cannot_be_taken_fails_alone(start):
 def test_wake_ends_a_waiting_poll(start):
     replica = ready(start())
     threading.Timer(0.05, replica.wake).start()
-    assert replica.poll(0, (), WAIT_S).reports == ()
+    assert replica.poll(0, (), WAIT_S).news == ()
 
 
 def test_stop_ends_after_the_step_under_way(start, tmp_path):
@@ -119,4 +119,4 @@ def test_stop_ends_after_the_step_under_way(start, tmp_path):
     assert replica.stop(WAIT_S)
     num_parts = len(list(tmp_path.glob("part-*")))
     assert num_parts < 50
-    assert replica.poll(0, (), 0.0).num_reports == num_parts
+    assert replica.poll(0, (), 0.0).num_news == num_parts

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from b2batch.assets import REVIEWS_SAMPLE
-from b2batch.cluster.dispatch import DispatchPolicy
 from b2batch.cluster.driver import RunHooks, RunTotals, run_units
+from b2batch.cluster.policy import DispatchPolicy
 from b2batch.job import PreparedJob, prepare_job
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.run import RunDirectory

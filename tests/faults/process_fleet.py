@@ -11,9 +11,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from b2batch import failpoints
-from b2batch.cluster.dispatch import Loss
 from b2batch.cluster.fleet import Answer, FleetEvent, Lost
-from b2batch.cluster.replica import Replica, UnitLease
+from b2batch.cluster.policy import Loss
+from b2batch.cluster.replica import Order, Replica
 from b2batch.worker import WorkerArgs, make_worker
 
 from .mutants import planted
@@ -39,8 +39,8 @@ def serve(connection: Connection, args: WorkerArgs, plan: ReplicaPlan) -> None:
         replica = Replica(lambda: make_worker(args))
         with contextlib.suppress(EOFError):
             while True:
-                num_known, leases = connection.recv()
-                connection.send(replica.poll(num_known, leases, POLL_S))
+                num_known, orders = connection.recv()
+                connection.send(replica.poll(num_known, orders, POLL_S))
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Member:
     process: BaseProcess
     connection: Connection
     num_known: int = 0
-    outbox: list[UnitLease] = field(default_factory=list)
+    outbox: list[Order] = field(default_factory=list)
     is_polled: bool = False
 
 
@@ -59,7 +59,7 @@ class ProcessFleet:
         self._args, self._plan_of = args, plan_of
         self._members: dict[int, _Member] = {}
 
-    def start(self, replica_id: int) -> None:
+    def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         ours, theirs = FORKS.Pipe()
         target = (theirs, self._args, self._plan_of(replica_id))
         process = FORKS.Process(target=serve, args=target, daemon=True)
@@ -67,9 +67,9 @@ class ProcessFleet:
         theirs.close()
         self._members[replica_id] = _Member(process, ours)
 
-    def lease(self, replica_id: int, lease: UnitLease) -> None:
+    def order(self, replica_id: int, order: Order) -> None:
         if replica_id in self._members:
-            self._members[replica_id].outbox.append(lease)
+            self._members[replica_id].outbox.append(order)
 
     def kill(self, replica_id: int) -> None:
         member = self._members.pop(replica_id, None)
@@ -103,7 +103,7 @@ class ProcessFleet:
         except (EOFError, ConnectionResetError):
             self.kill(replica_id)
             return Lost(replica_id, Loss.CRASH, f"exit code {member.process.exitcode}")
-        member.num_known = update.num_reports
+        member.num_known = update.num_news
         return Answer(replica_id, update)
 
     def close(self, grace_s: float) -> None:

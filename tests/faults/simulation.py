@@ -22,18 +22,18 @@ import pyarrow.parquet as pq
 from outputs.memory_store import MemoryStore
 from outputs.tiny_run import INPUT_SCHEMA, PLAN, answer, make_part, make_record, make_spec, make_units
 
-from b2batch.cluster.dispatch import (
+from b2batch.cluster.actions import (
     Action,
+    Cancel,
     CheckCommitted,
-    Dispatcher,
-    DispatchPolicy,
     Fail,
     Finish,
     KillReplica,
     Lease,
-    Loss,
     StartReplica,
 )
+from b2batch.cluster.dispatch import Dispatcher
+from b2batch.cluster.policy import DispatchPolicy, Loss
 from b2batch.errors import Fenced, RunLocked
 from b2batch.outputs import finalise, parts
 from b2batch.outputs.document import read_document
@@ -170,6 +170,10 @@ class SimReplica:
     def num_in_flight(self) -> int:
         return len(self.inbox) + len(self.staged)
 
+    def drop(self, unit_index: int) -> None:
+        self.inbox = [lease for lease in self.inbox if lease.unit_index != unit_index]
+        self.staged = [part for part in self.staged if part.unit.index != unit_index]
+
     def units(self) -> set[int]:
         return {item.unit_index for item in (*self.inbox, *self.outbox)} | {p.unit.index for p in self.staged}
 
@@ -198,8 +202,7 @@ class SimDriver:
             num_replicas=NUM_REPLICAS,
             start_timeout_s=1e9,
             max_leases=MAX_LEASES,
-            hang_timeout_s=HANG_S,
-            stall_timeout_s=4 * HANG_S,
+            step_timeout_s=HANG_S,
         )
         todo = [unit.index for unit in UNITS if unit.index not in self.done_units]
         self.dispatcher = Dispatcher(todo, policy)
@@ -218,6 +221,8 @@ class SimDriver:
                     self.checks.append(unit_index)
                 case Lease():
                     self.accept(action)
+                case Cancel(replica_id, unit_index):
+                    self.replicas[replica_id].drop(unit_index)
                 case Finish():
                     self.has_all = True
                 case Fail():
@@ -266,7 +271,7 @@ class SimDriver:
     def hear(self, replica_id: int) -> None:
         """A poll's answer: readiness and reports."""
         replica = self.replicas[replica_id]
-        self.apply(self.dispatcher.on_heartbeat(replica_id, replica.num_steps, self.world.now_s))
+        self.dispatcher.on_heartbeat(replica_id, replica.num_steps, self.world.now_s)
         if replica.is_ready:
             self.apply(self.dispatcher.on_replica_ready(replica_id, self.world.now_s))
         reports, replica.outbox = replica.outbox, []

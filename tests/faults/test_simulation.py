@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b2batch.cluster.dispatch import Loss
+from b2batch.cluster.policy import Loss
 from b2batch.errors import B2BatchError
 
 from .mutants import MUTANTS, planted
