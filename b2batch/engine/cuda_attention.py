@@ -2,9 +2,9 @@
 
     rotary, a prompt in the step      FlashAttention 2 out of torch
     decoding, or ALiBi                our Triton kernels
-    neither is there, or is wrong     the plain calls of ``attention.py``
+    neither is there, or is wrong     the plain runner and its ``attention.py``
 
-Each path must give the plain calls' numbers on the device before it is used.
+Each path must give plain attention's numbers on the device before it is used.
 
 Shapes: T tokens of the step · P parts of a row · Q query heads · K key heads · S arena tokens · D head size.
 """
@@ -18,11 +18,10 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from b2batch.engine import attention
-from b2batch.engine.attention import LayerAttention, OwnCall, PrefixCall, StepContext
 from b2batch.engine.flash_attention import Flash, FlashPlan, torch_flash
+from b2batch.engine.span_attention import LayerAttention
 from b2batch.engine.spans import (
     TILE_FIELDS,
     StepRows,
@@ -78,25 +77,28 @@ class CudaAttention:
 
     def __init__(self, shape: HeadShape, device: torch.device) -> None:
         self._shape = shape
-        self.has_kernels = load_kernels() is not None and _is_right(
+        self.has_kernels = load_kernels() is not None and is_right(
             "our Triton kernels", self._by_kernels, shape, device
         )
         self._flash: Flash | None = None
         if shape.dtype != torch.float32 and not shape.has_slopes and device.type == "cuda":
             self._flash = torch_flash()
-            if self._flash and not _is_right("torch's FlashAttention", self._by_flash, shape, device):
+            if self._flash and not is_right("torch's FlashAttention", self._by_flash, shape, device):
                 self._flash = None
-        if not self.has_kernels and self._flash is None:
-            logger.warning("no attention kernel is usable on %s: the plain path is slow", device)
 
-    def plan(self, rows: StepRows, prefix_tiles: int | None = None) -> AttentionPlan | None:
-        """How to attend in this step, None for the plain calls.
+    @property
+    def is_usable(self) -> bool:
+        """Whether any path computes the right thing here."""
+        return self.has_kernels or self._flash is not None
+
+    def plan(self, rows: StepRows, prefix_tiles: int | None = None) -> AttentionPlan:
+        """How to attend in this step.
 
         With ``prefix_tiles`` (decoding only) the plan's shape depends on that and the number of rows alone.
         """
         if self._flash is not None and not (self.has_kernels and rows.is_decode):
             return self._by_flash(rows)
-        return self._by_kernels(rows, prefix_tiles) if self.has_kernels else None
+        return self._by_kernels(rows, prefix_tiles)
 
     def _by_kernels(self, rows: StepRows, prefix_tiles: int | None = None) -> AttentionPlan:
         return TritonPlan.of(rows, self._shape.num_key_heads, prefix_tiles)
@@ -246,7 +248,7 @@ def _pinned(values: list[int], device: torch.device) -> Tensor:
 # --- does a path compute the right thing here? -------------------------------------------------------
 
 
-def _is_right(
+def is_right(
     name: str, plan: Callable[[StepRows], AttentionPlan], shape: HeadShape, device: torch.device
 ) -> bool:
     """Whether a path gives the plain calls' numbers, for decoding and for a step with prompts."""
@@ -266,48 +268,51 @@ def _is_right(
     return True
 
 
-class _ProbeLayer(nn.Module):
-    layer_idx = 0
-
-    def __init__(self, alibi_slopes: Tensor | None) -> None:
-        super().__init__()
-        self.alibi_slopes = alibi_slopes
-
-
 @torch.inference_mode()
 def _probe_error(
     plan: Callable[[StepRows], AttentionPlan], rows: StepRows, shape: HeadShape, device: torch.device
 ) -> float:
-    """The largest difference to the plain calls, relative to the largest value."""
+    """The largest difference to plain attention, relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator).to(device, shape.dtype)
+    def normal(num_tokens: int, num_heads: int) -> Tensor:
+        values = torch.randn(num_tokens, num_heads, shape.head_dim, generator=generator)
+        return values.to(device, shape.dtype)
 
     slopes = torch.arange(1, shape.num_heads + 1, device=device) / (4.0 * shape.num_heads)
-    layer = _ProbeLayer(slopes if shape.has_slopes else None)
-    query = normal(1, shape.num_heads, rows.num_rows, shape.head_dim)
-    key, value = (normal(1, shape.num_key_heads, rows.num_rows, shape.head_dim) for _ in "kv")
-    cache = (
-        normal(_PROBE_KEYS, shape.num_key_heads, shape.head_dim),
-        normal(_PROBE_KEYS, shape.num_key_heads, shape.head_dim),
-    )
+    query = normal(rows.num_rows, shape.num_heads)
+    keys, values = normal(_PROBE_KEYS, shape.num_key_heads), normal(_PROBE_KEYS, shape.num_key_heads)
+    inputs = (query, keys, values, shape.head_dim**-0.5, slopes if shape.has_slopes else None)
     chosen = plan(rows)
-    slots, positions, *tables = Upload.of([rows.slots, rows.positions, *chosen.tables], device).lists
-    own, prefixes = plain_calls(rows)
-    found = []
-    for backend in (None, chosen.attention(positions, tables)):
-        context = StepContext(slots, positions, own, prefixes, [cache], backend)
-        with attention.step_context(context):
-            out, _ = attention.arena_attention(layer, query, key, value, None, shape.head_dim**-0.5)
-        found.append(out.float())
-    return float(((found[0] - found[1]).abs().max() / found[0].abs().max()).item())
+    positions, *tables = Upload.of([rows.positions, *chosen.tables], device).lists
+    found = chosen.attention(positions, tables).attend(*inputs).float()
+    expected = _plain(rows, *inputs)
+    return float(((found - expected).abs().max() / expected.abs().max()).item())
 
 
-def plain_calls(rows: StepRows) -> tuple[list[OwnCall], list[PrefixCall]]:
-    """The same step as the calls of ``attention.py``."""
-    own = [OwnCall(s.query, s.num_queries, s.key, s.num_keys - s.num_queries) for s in rows.own]
-    return own, [PrefixCall(s.query, s.num_queries, s.key, s.num_keys) for s in rows.prefixes]
+def _plain(
+    rows: StepRows,
+    query_TQD: Tensor,
+    keys_SKD: Tensor,
+    values_SKD: Tensor,
+    scaling: float,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Every row against the whole arena, of which the mask leaves what its stretches name."""
+    device = query_TQD.device
+    positions = torch.tensor(rows.positions, device=device)
+    distance = torch.full((rows.num_rows, len(keys_SKD)), 1.0, device=device)
+    for s in (*rows.own, *rows.prefixes):
+        found = torch.arange(s.first_position, s.first_position + s.num_keys, device=device)
+        of_rows = slice(s.query, s.query + s.num_queries)
+        distance[of_rows, s.key : s.key + s.num_keys] = (found - positions[of_rows, None]).float()
+    group = query_TQD.shape[1] // keys_SKD.shape[1]
+    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (keys_SKD, values_SKD))
+    scores = torch.einsum("tqd,sqd->qts", query_TQD.float(), keys) * scaling
+    if slopes is not None:
+        scores += slopes[:, None, None] * distance
+    weights = scores.masked_fill(distance > 0, float("-inf")).softmax(dim=-1)
+    return torch.einsum("qts,sqd->tqd", weights, values)
 
 
 def _decode_rows() -> StepRows:

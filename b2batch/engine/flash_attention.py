@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from b2batch.engine.attention import LayerAttention
+from b2batch.engine.span_attention import LayerAttention
 from b2batch.engine.spans import Stretch
 
 _NEEDED = {"cum_seq_q", "cum_seq_k", "max_q", "max_k", "is_causal", "scale", "seqused_k"}
