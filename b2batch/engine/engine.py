@@ -18,6 +18,7 @@ from llguidance import LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from b2batch.engine.cuda_runner import make_runner
 from b2batch.engine.pooling import Pool
 from b2batch.engine.request import (
     AnyRequest,
@@ -28,7 +29,6 @@ from b2batch.engine.request import (
     Score,
     ScoreRequest,
 )
-from b2batch.engine.runner import Runner
 from b2batch.engine.sampling import sample, token_logprobs
 from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
 from b2batch.engine.sequence import Sequence
@@ -88,7 +88,7 @@ class Engine:
             raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
         self.stats = EngineStats()
         self._scheduler = Scheduler(limits)
-        self.runner = Runner(model, limits.kv_cache_tokens)
+        self.runner = make_runner(model, limits.kv_cache_tokens, limits.max_num_seqs)
         self._full_limits = limits
         self._max_model_len = max_model_len
         self._vocab_size: int = model.config.get_text_config().vocab_size
