@@ -250,6 +250,7 @@ class _Run:
         from b2batch.cluster.driver import RunHooks, run_units
         from b2batch.cluster.fleet import RayFleet
         from b2batch.cluster.placement import connect
+        from b2batch.cluster.policy import LEAST_CONDEMNED, DispatchPolicy
         from b2batch.worker import make_worker
 
         spec = self._job.spec
@@ -258,7 +259,6 @@ class _Run:
             on_progress=self._note_progress,
             on_beat=self._epoch.beat,
             should_stop=self._options.should_stop,
-        from b2batch.cluster.policy import LEAST_CONDEMNED, DispatchPolicy
         )
         with connect(spec.cluster) as cluster:
             placement = cluster.place(spec.cluster, spec.model.device, len(pending))

@@ -308,6 +308,9 @@ class ClusterSpec(_Section):
     start_timeout_s: float = Field(
         default=600.0, gt=0.0, description="how long to wait for the first replica"
     )
+    step_timeout_s: float = Field(
+        default=900.0, gt=0.0, description="a replica whose engine needs longer for a step is replaced"
+    )
     drain_grace_s: float = Field(
         default=30.0, ge=0.0, description="after SIGTERM: how long leased units may go on"
     )
@@ -370,9 +373,6 @@ class JobSpec(_Section):
             "sampling": dump["sampling"],
             "output": {k: dump["output"][k] for k in ("columns", "prefix")},
         }
-    step_timeout_s: float = Field(
-        default=900.0, gt=0.0, description="a replica whose engine needs longer for a step is replaced"
-    )
 
 
 _TASK_OF_SECTION = {"labels": "classify", "classify": "classify", "score": "score", "embed": "embed"}

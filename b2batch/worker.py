@@ -255,6 +255,7 @@ class Worker:
             message = (
                 f"the replica died each of the {row.num_deaths} times that this row ran alone: {row.detail}"
             )
+            failure = RowFailure(RowFault.WORKER_CRASH, message[:2000], Stage.CRASH, open_unit.attempt)
             self._fail(open_unit, open_unit.rows[row.offset].row_id, failure)
 
     def _admit(self, open_unit: _OpenUnit, rows: Iterable[PromptRow]) -> None:
@@ -298,13 +299,13 @@ class Worker:
             generation = self._answers.read(finished, prompt_truncated=row_id in open_unit.truncated)
         except RowError as error:
             self._fail(open_unit, row_id, error.failure)
-            return
-        open_unit.results[row_id] = ResultRow(row_id, generation)
-        self._progress += Progress(
             is_doubtful = error.failure.fault is RowFault.NAN and not open_unit.trusts_nan
             self._num_nan_in_a_row = self._num_nan_in_a_row + 1 if is_doubtful else 0
-            num_rows=1,
+            return
         self._num_nan_in_a_row = 0
+        open_unit.results[row_id] = ResultRow(row_id, generation)
+        self._progress += Progress(
+            num_rows=1,
             num_input_tokens=generation.num_input_tokens,
             num_generated_tokens=generation.num_generated_tokens,
         )

@@ -87,9 +87,9 @@ class Engine:
         if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
         self.stats = EngineStats()
+        self._full_limits = limits
         self._scheduler = Scheduler(limits)
         self.runner = make_runner(model, limits.kv_cache_tokens, limits.max_num_seqs)
-        self._full_limits = limits
         self._max_model_len = max_model_len
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
@@ -158,18 +158,18 @@ class Engine:
         Where a lone sequence with few tokens a step is too much, its request is taken out and returned,
         and the steps have their full size again.
         """
+        torch.cuda.empty_cache()
         limits = self._scheduler.limits
         if limits.max_num_seqs > 1 or limits.max_num_batched_tokens > _LEAST_TOKENS:
-        torch.cuda.empty_cache()
             num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)
             num_tokens = max(num_seqs, _LEAST_TOKENS, limits.max_num_batched_tokens // 2)
             limits = replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
             self._scheduler.restart(limits)
             return None
+        alone = (self._scheduler.running or self._scheduler.waiting)[0].request_id
         self._scheduler.restart(self._full_limits)
         self.cancel(alone)
         return alone
-        alone = (self._scheduler.running or self._scheduler.waiting)[0].request_id
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; nothing if it is not here."""
