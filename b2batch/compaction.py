@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from b2batch.errors import ErrorBudgetExceeded, OutputError, RunLocked
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.generation import GenerationKind
+from b2batch.outputs.layout import RunKeys
 from b2batch.outputs.merge import Merge, begin_merge, plan_merge, read_merge
 from b2batch.outputs.run import RunDirectory, finish_merge
 from b2batch.outputs.store import open_store
@@ -54,6 +55,7 @@ def compact_output(path: str, part_bytes: int = PART_BYTES) -> CompactReport:
             begin_merge(directory.store, directory.generation, merge)
         finish_merge(directory.store, epoch)
         done = _sign(RunDirectory.existing(directory.store), merge)
+    directory.store.delete_tree(RunKeys(merge.merge8).staging)
     num_before = len(done.parts) - len(merge.parts) + merge.num_replaced
     return CompactReport(found.store.uri, num_before, len(done.parts), done.counts.num_rows)
 

@@ -43,6 +43,7 @@ from b2batch.telemetry import Progress
 logger = logging.getLogger(__name__)
 
 _STATUS_INTERVAL_S = 5.0
+_USUAL_ANSWER_TOKENS = 1024
 _PROVENANCE_PACKAGES = ("b2batch", "torch", "transformers", "ray", "pyarrow", "sentencepiece")
 
 
@@ -113,7 +114,7 @@ def prepare_job(spec: JobSpec) -> PreparedJob:
     checkpoint = open_checkpoint(spec.model, weights=False)
     codec = family_of(checkpoint).codec(checkpoint, spec.model)
     encoder = RowEncoder(spec, codec, checkpoint.generation_config)
-    plan = make_plan(spec.input)
+    plan = make_plan(spec.input, _answer_tokens(spec))
     _refuse_own_output(spec, plan)
     schema = check_schema(spec, plan.schema, checkpoint)
     record = RunRecord.make(
@@ -125,6 +126,13 @@ def prepare_job(spec: JobSpec) -> PreparedJob:
         provenance=_provenance(spec, checkpoint),
     )
     return PreparedJob(spec, checkpoint, codec, encoder, plan, schema, record)
+
+
+def _answer_tokens(spec: JobSpec) -> int:
+    """How many tokens a row may be answered with, as far as the spec alone says."""
+    if spec.task != "generate":
+        return 0
+    return spec.sampling.n * (spec.sampling.max_tokens or _USUAL_ANSWER_TOKENS)
 
 
 def check_schema(spec: JobSpec, input_schema: pa.Schema, checkpoint: Checkpoint) -> pa.Schema:

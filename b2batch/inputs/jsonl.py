@@ -19,9 +19,9 @@ from b2batch.rows import PromptRow, WorkUnit
 from b2batch.spec import InputSpec
 
 
-def scan(file: FoundFile, spec: InputSpec) -> FileScan:
+def scan(file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
     """Find rows, units, column types and fingerprint in one pass; InputError when it does not decompress."""
-    cutter = UnitCutter(spec.rows_per_unit)
+    cutter = UnitCutter(spec.rows_per_unit, answer_tokens)
     kinds: dict[str, Kind] = {}
     with named_faults(file), closing(TextStream(file, hashed=spec.fingerprint == "full")) as stream:
         for line in split_lines(stream.read, 0, None, spec.max_record_bytes):

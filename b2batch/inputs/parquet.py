@@ -16,7 +16,7 @@ from b2batch.inputs.arrow_rows import RowConverter
 from b2batch.inputs.files import FoundFile, InputFile, named_faults
 from b2batch.inputs.reader import FileScan
 from b2batch.inputs.streams import fast_fingerprint, full_fingerprint
-from b2batch.inputs.unit import SPAN_FIELDS, UNIT_BYTES, UnitRows
+from b2batch.inputs.unit import SPAN_FIELDS, TOKEN_WEIGHT, UNIT_WEIGHT, UnitRows
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
 
@@ -25,7 +25,7 @@ _MAX_ROWS_PER_BYTE = 1000
 _MIN_ROWS_REFUSED = 1 << 30
 
 
-def scan(file: FoundFile, spec: InputSpec) -> FileScan:
+def scan(file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
     """Read the footer, and for a full fingerprint the bytes; InputError when either is corrupt."""
     with named_faults(file), _open(file) as opened:
         fingerprint = full_fingerprint(file) if spec.fingerprint == "full" else fast_fingerprint(file)
@@ -36,7 +36,7 @@ def scan(file: FoundFile, spec: InputSpec) -> FileScan:
     if twice is not None:
         raise InputError(f"{file.uri}: the column {twice!r} is there twice")
     num_rows = _checked_num_rows(file, [rows for rows, _ in groups], opened.metadata.num_rows)
-    return FileScan(num_rows, 0, fingerprint, schema, _cut(groups, spec.rows_per_unit))
+    return FileScan(num_rows, 0, fingerprint, schema, _cut(groups, spec.rows_per_unit, answer_tokens))
 
 
 def _open(file: FoundFile) -> pq.ParquetFile:
@@ -61,12 +61,13 @@ def _checked_num_rows(file: FoundFile, rows_of_groups: list[int], num_rows: int)
     return num_rows
 
 
-def _cut(groups: list[tuple[int, int]], rows_per_unit: int) -> np.ndarray:
+def _cut(groups: list[tuple[int, int]], rows_per_unit: int, answer_tokens: int) -> np.ndarray:
     """The units of row groups given as (rows, bytes). A unit never crosses from one group into the next."""
     spans, first = [np.empty((0, len(SPAN_FIELDS)), np.int64)], 0
     for num_rows, num_bytes in groups:
         if num_rows:
-            step = min(rows_per_unit, max(1, UNIT_BYTES * num_rows // max(1, num_bytes)))
+            weight = num_bytes + TOKEN_WEIGHT * answer_tokens * num_rows
+            step = min(rows_per_unit, max(1, UNIT_WEIGHT * num_rows // max(1, weight)))
             starts = np.arange(first, first + num_rows, step, dtype=np.int64)
             stops = np.minimum(starts + step, first + num_rows)
             spans.append(np.stack([stops - starts, starts, stops, np.zeros_like(starts)], axis=1))

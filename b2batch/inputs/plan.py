@@ -116,9 +116,10 @@ class Plan:
         return cls(files, units, schema, digest)
 
 
-def make_plan(spec: InputSpec) -> Plan:
+def make_plan(spec: InputSpec, answer_tokens: int = 0) -> Plan:
     """List, recognise and scan the input files, and cut them into units.
 
+    ``answer_tokens`` is how many tokens a row may be answered with: the more, the smaller the units.
     With ``spec.limit`` files beyond the last row taken are neither scanned nor part of the plan.
 
     Raises:
@@ -131,7 +132,7 @@ def make_plan(spec: InputSpec) -> Plan:
     for found in list_files(spec):
         if left == 0:
             break
-        file, scan = _scan(found, len(files), spec)
+        file, scan = _scan(found, len(files), spec, answer_tokens)
         if file.format == "parquet":
             builder.add_arrow(file, scan.schema)
         else:
@@ -144,12 +145,12 @@ def make_plan(spec: InputSpec) -> Plan:
     return Plan(tuple(files), placed, schema, _digest(files, placed, schema))
 
 
-def _scan(found: FoundFile, index: int, spec: InputSpec) -> tuple[InputFile, FileScan]:
+def _scan(found: FoundFile, index: int, spec: InputSpec, answer_tokens: int) -> tuple[InputFile, FileScan]:
     etag = stored_version(found) or ""
     fault = ""
     try:
         name = recognise(found, spec.format)
-        scan = READERS[name].scan(found, spec)
+        scan = READERS[name].scan(found, spec, answer_tokens)
     except InputError as error:
         if spec.on_bad_file == "fail":
             raise InputError(f"{error}; input.on_bad_file: skip makes such a file one error row") from error

@@ -42,8 +42,11 @@ class OpenRows(Protocol):
 class Format(Protocol):
     """A module that reads one format."""
 
-    def scan(self, file: FoundFile, spec: InputSpec) -> FileScan:
-        """One streaming pass in bounded memory; InputError when the file is corrupt."""
+    def scan(self, file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
+        """One streaming pass in bounded memory; InputError when the file is corrupt.
+
+        ``answer_tokens`` is how many tokens a row may be answered with: units are cut by it.
+        """
 
     def open_rows(self, file: InputFile, schema: pa.Schema, spec: InputSpec) -> OpenRows:
         """Open a planned file, to read its units as columns of ``schema``."""

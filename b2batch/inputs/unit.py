@@ -10,7 +10,11 @@ import pyarrow as pa
 
 from b2batch.rows import PromptRow
 
-UNIT_BYTES = 8 << 20
+# A unit is about a minute's work of a 7B model on one GPU at most: what a crash may cost. A row weighs its
+# bytes and TOKEN_WEIGHT for each token it may be answered with, since generating a token costs about as much
+# as reading four, which take four bytes each. Of the spec and the rows alone, so that a plan stays the same.
+UNIT_WEIGHT = 2 << 20
+TOKEN_WEIGHT = 16
 SPAN_FIELDS = ("num_rows", "start", "stop", "num_blank_before")
 
 
@@ -26,15 +30,16 @@ class UnitRows:
 
 
 class UnitCutter:
-    """Groups the lines of a file, given in order, into units of bounded rows and bytes.
+    """Groups the lines of a file, given in order, into units of bounded rows and weight.
 
-    A line longer than ``UNIT_BYTES`` is a unit of its own. A unit's range ends with its last row:
+    A line heavier than ``UNIT_WEIGHT`` is a unit of its own. A unit's range ends with its last row:
     blank lines between two units belong to neither.
     """
 
-    def __init__(self, rows_per_unit: int, unit_bytes: int = UNIT_BYTES) -> None:
+    def __init__(self, rows_per_unit: int, answer_tokens: int = 0, unit_weight: int = UNIT_WEIGHT) -> None:
         self._rows_per_unit = rows_per_unit
-        self._unit_bytes = unit_bytes
+        self._answer_weight = answer_tokens * TOKEN_WEIGHT
+        self._unit_weight = unit_weight
         self._closed = array("q")
         self._open_rows = 0
         self._start = 0
@@ -45,7 +50,8 @@ class UnitCutter:
 
     def add_row(self, start: int, stop: int) -> None:
         """The next row, which stands in the byte range ``start:stop``."""
-        if self._open_rows == self._rows_per_unit or stop - self._start > self._unit_bytes:
+        weight = stop - self._start + self._answer_weight * (self._open_rows + 1)
+        if self._open_rows == self._rows_per_unit or weight > self._unit_weight:
             self._close()
         if not self._open_rows:
             self._start, self._blank_before = start, self.num_blank

@@ -91,6 +91,7 @@ def test_compact_merges_and_verify_proves_it(tmp_path: Path) -> None:
     assert "5 parts, now 1: 10 rows" in result.stdout
     assert len(parts(out)) == 1
     assert texts(out) == before
+    assert list(out.glob("__b2batch/*/tmp")) == [], "nothing staged is left, and a stray writer is fenced"
     assert b2batch("verify", out).exit_code == 0
     assert b2batch("verify", job).exit_code == 0
     status = json.loads(b2batch("status", out, "--json").stdout)

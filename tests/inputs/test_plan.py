@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from b2batch.errors import DriftError, InputError, IntegrityError, RowFault, Stage
 from b2batch.inputs.plan import Plan, Units, limit_spans, make_plan
-from b2batch.inputs.unit import UnitCutter
+from b2batch.inputs.unit import TOKEN_WEIGHT, UnitCutter
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
@@ -37,11 +37,16 @@ def plan_of(path: Path | str, **settings: object) -> Plan:
 # --- units -----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 60))), st.integers(1, 5), st.integers(1, 100))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 60))),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.integers(1, 100),
+)
 def test_units_hold_every_row_once_in_order(
-    lines: list[tuple[bool, int]], rows_per_unit: int, unit_bytes: int
+    lines: list[tuple[bool, int]], rows_per_unit: int, answer_tokens: int, unit_weight: int
 ) -> None:
-    cutter = UnitCutter(rows_per_unit, unit_bytes)
+    cutter = UnitCutter(rows_per_unit, answer_tokens, unit_weight)
     position, blanks, rows = 0, 0, []
     for is_blank, size in lines:
         if is_blank:
@@ -56,7 +61,8 @@ def test_units_hold_every_row_once_in_order(
     for num_rows, start, stop, num_blank_before in spans:
         mine, rows = rows[:num_rows], rows[num_rows:]
         assert (start, stop, num_blank_before) == (mine[0][0], mine[-1][1], mine[0][2])
-        assert num_rows == 1 or (num_rows <= rows_per_unit and stop - start <= unit_bytes)
+        weight = stop - start + num_rows * answer_tokens * TOKEN_WEIGHT
+        assert num_rows == 1 or (num_rows <= rows_per_unit and weight <= unit_weight)
 
 
 @given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 30))
@@ -68,8 +74,22 @@ def test_a_limit_keeps_the_first_rows(sizes: list[int], limit: int) -> None:
     assert all(kept)
 
 
+@pytest.mark.parametrize(
+    ("answer_tokens", "sizes"),
+    [(0, [256, 144]), (400, [256, 144]), (1024, [127, 127, 127, 19]), (200_000, [1] * 400)],
+)
+def test_a_unit_is_bounded_in_tokens_to_generate(
+    tmp_path: Path, answer_tokens: int, sizes: list[int]
+) -> None:
+    write(tmp_path / "a.jsonl", 400)
+    pq.write_table(pa.table({"n": range(400)}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        plan = make_plan(InputSpec(path=(str(tmp_path / name),)), answer_tokens)
+        assert [unit.num_rows for unit in plan.units] == sizes
+
+
 def test_a_unit_is_bounded_in_bytes_too(tmp_path: Path) -> None:
-    text = "x" * (3 << 20)
+    text = "x" * (3 << 18)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": text}) + "\n" for _ in range(5)))
     assert [unit.num_rows for unit in plan_of(tmp_path).units] == [2, 2, 1]
     pq.write_table(
