@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,9 +29,9 @@ from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, packing
 from b2batch.engine.engine import Engine
-from b2batch.engine.memory import is_out_of_memory, resolve_limits
+from b2batch.engine.heap import keep_freed_memory
+from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
 from b2batch.engine.request import AnyRequest, Finished
-from b2batch.engine.runner import KVShape
 from b2batch.errors import Fenced, ReplicaSuspect, RowError, RowFailure, RowFault, Stage, StorageError
 from b2batch.failpoints import failpoint, is_poison, take_poison
 from b2batch.inputs.files import InputFile
@@ -93,6 +94,7 @@ def make_worker(args: WorkerArgs) -> Worker:
         CallerError: the checkpoint or the spec cannot be used here.
     """
     torch.set_num_threads(max(1, int(args.spec.cluster.cpus_per_replica)))
+    refuse_too_large(args.spec)
     loaded = load_model(args.spec.model)
     return Worker(args, loaded, make_engine(args.spec, loaded))
 
@@ -104,15 +106,18 @@ def make_engine(spec: JobSpec, loaded: LoadedModel) -> Engine:
     expected = guard.reference_logits(loaded.model)
     if packing.can_pack(loaded.model):
         packing.pack_linears(loaded.model)
-    limits = resolve_limits(
-        spec.engine, KVShape.of(loaded.model), codec.max_model_len, next(loaded.model.parameters()).device
-    )
+    device = next(loaded.model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
+    limits = resolve_limits(spec.engine, loaded.model, codec.max_model_len, device)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
     engine = Engine(
         loaded.model,
         limits,
         max_model_len=codec.max_model_len,
         stop_token_ids=codec.stop_token_ids,
         decode=codec.tokenizer.decode,
+        make_vocabulary=partial(codec.tokenizer.grammar_vocabulary, vocab_size, codec.stop_token_ids),
     )
     guard.check_runner(engine.runner, expected)
     logger.info(

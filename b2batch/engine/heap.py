@@ -1,0 +1,24 @@
+"""The C heap of a process that computes on a CPU: memory that a step frees is kept for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MMAP_BYTES = 32 << 20  # the most that glibc takes
+_TRIM_BYTES = (1 << 31) - 1
+
+
+def keep_freed_memory() -> None:
+    """Have malloc reuse what was freed instead of giving it back to the system at once.
+
+    A step's activations are some megabytes each, which glibc maps anew every time: 9 % of a
+    labelling job's CPU time went into page faults. Does nothing on another C library.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
