@@ -37,7 +37,7 @@ class Check:
 
 def examine(output: str | None = None) -> Iterator[Check]:
     """Look at one thing after another; ``output`` is a directory in which a write is tried."""
-    checks: list[Callable[[], Check]] = [_python, _packages, _torch, _ray, _cluster, _memory]
+    checks: list[Callable[[], Check]] = [_python, _packages, _torch, _ray, _cluster, _exposure, _memory]
     for check in checks:
         yield check()
     yield _disk(Path(output) if output else Path.cwd())
@@ -100,6 +100,26 @@ def _cluster() -> Check:
     return Check(
         "cluster", Verdict.OK, f"{address}: {len(nodes)} nodes, {num_cpus:g} CPUs, {num_gpus:g} GPUs"
     )
+
+
+def _exposure() -> Check:
+    """Whoever reaches an open port of Ray can run code on the cluster (CVE-2023-48022)."""
+    from b2batch.cluster.placement import address_of_ray_start
+    from b2batch.exposure import dashboard_urls, open_dashboard, open_head
+
+    cluster = os.environ.get("RAY_ADDRESS") or address_of_ray_start()
+    dashboards = [found for url in dashboard_urls(cluster) if (found := open_dashboard(url))]
+    head = open_head(cluster) if cluster and os.environ.get("RAY_AUTH_MODE") != "token" else None
+    exposed = [port.place for port in dashboards if not port.is_local]
+    advice = "set RAY_AUTH_MODE=token on all nodes, or close the port"
+    if exposed:
+        return Check("exposure", Verdict.FAIL, f"{', '.join(exposed)} takes orders without a token: {advice}")
+    if head is not None and not head.is_local:
+        return Check("exposure", Verdict.WARN, f"{head.place} may take orders without a token: {advice}")
+    if dashboards:
+        everyone = "takes orders from every user of this machine"
+        return Check("exposure", Verdict.WARN, f"{dashboards[0].place} {everyone}: {advice}")
+    return Check("exposure", Verdict.OK, "no Ray port was found that answers without a token")
 
 
 def _memory() -> Check:

@@ -49,8 +49,10 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def _without_secrets(text: str) -> str:
-    """Refuse what would be copied into the output's records, into logs and to every node."""
+def _as_location(text: str) -> str:
+    """Refuse a secret, which would be copied into the output's records, into logs and to every node."""
+    if "\0" in text:
+        raise ValueError("a NUL stands in it, which no path has")
     if _holds_secret(text):
         raise ValueError(
             "a password or key stands in it, which would be written down with the run: put it in the "
@@ -64,7 +66,7 @@ def _holds_secret(text: str) -> bool:
     return bool(_PASSWORD.search(literal) or _QUERY_SECRET.search(literal))
 
 
-Location = Annotated[str, AfterValidator(_without_secrets)]
+Location = Annotated[str, AfterValidator(_as_location)]
 
 
 def _as_list(value: Any) -> Any:

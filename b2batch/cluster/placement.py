@@ -20,6 +20,7 @@ from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from b2batch.errors import ClusterError
 from b2batch.spec import ClusterSpec
@@ -175,19 +176,19 @@ def _amount(num_cpus: float, num_gpus: float) -> str:
 
 def _connect(address: str) -> Cluster:
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or _address_of_ray_start() or "local"
+        address = os.environ.get("RAY_ADDRESS") or address_of_ray_start() or "local"
     try:
         if address == "local":
             return _start_own()
         _probe(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return Cluster(is_own=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError) as error:
         raise ClusterError(f"cluster.address {address}: Ray cannot be reached or started: {error}") from error
 
 
-def _address_of_ray_start() -> str | None:
-    """Where `ray start` says that its cluster is, if it still answers.
+def address_of_ray_start() -> str | None:
+    """Where ``ray start`` says that its cluster is, if it still answers.
 
     Not ``ray.init(address="auto")``: that also joins the private cluster of any process on this
     machine, which ends when that process does.
