@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from b2batch.encoding import EncodedRow, RowEncoder
+from b2batch.engine.memory_plan import MemoryFit, MemoryPlan
 from b2batch.errors import IntegrityError, OutputError, RowError, RowFault
 from b2batch.inputs.sample import spread_rows
 from b2batch.job import PreparedJob, prepare_job
@@ -65,7 +66,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A job's plan, for eyes. ``num_input_tokens`` is extrapolated from the sample."""
+    """A job's plan, for eyes. ``num_input_tokens`` is extrapolated from the sample.
+
+    ``fit`` is how the model fits the GPU that was described, if one was.
+    """
 
     name: str
     run_id: str
@@ -78,19 +82,25 @@ class Estimate:
     num_input_tokens: int
     max_generated_tokens: int | None
     model: ModelFacts
+    workspace_bytes: int
+    fit: MemoryFit | None
     uses_chat: bool
     sampling: dict[str, Any]
     output: str
     standing: Standing
 
 
-def estimate_job(spec: JobSpec) -> Estimate:
+def estimate_job(spec: JobSpec, gpu_bytes: int | None = None) -> Estimate:
     """Plan a job fully and look at a sample of its prompts; no GPU, no Ray, no weight.
+
+    Args:
+        gpu_bytes: memory of the GPU that the job is to run on, to see whether the model fits.
 
     Raises:
         CallerError: the job is not sound.
     """
     job = prepare_job(spec)
+    memory = MemoryPlan.of(spec, job.checkpoint, job.codec.max_model_len)
     lengths = _prompt_lengths(job, spread_rows(job.plan, spec.input, SAMPLE_ROWS))
     sampling = job.encoder.sampling
     num_rows = job.plan.num_rows
@@ -106,6 +116,8 @@ def estimate_job(spec: JobSpec) -> Estimate:
         num_input_tokens=round(lengths.mean * num_rows),
         max_generated_tokens=_max_generated_tokens(spec, sampling.max_tokens, num_rows),
         model=model_facts(job.checkpoint, job.codec, spec.model),
+        workspace_bytes=memory.workspace_bytes,
+        fit=None if gpu_bytes is None else memory.on(gpu_bytes),
         uses_chat=job.encoder.uses_chat,
         sampling=sampling.model_dump(mode="json", exclude_defaults=True, exclude={"from_model"}),
         output=open_store(spec.output.path, job.record.run_id).uri,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from b2batch.cli.options import Json, Verbose, log_to_stderr
-from b2batch.cli.printing import count, print_facts, print_json, size
+from b2batch.cli.printing import count, gigabytes, print_facts, print_json, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,4 +69,5 @@ def _lines(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     yield "parameters", count(facts.num_parameters)
     yield "vocabulary", count(facts.vocab_size)
     yield "context", f"{count(facts.max_model_len)} tokens, {size(facts.kv_bytes_per_token)} of KV each"
-    yield "weights", facts.dtype + (f", quantized: {facts.quantization}" if facts.quantization else "")
+    kept = facts.dtype + (f", quantised: {facts.quantization}" if facts.quantization else "")
+    yield "weights", f"{gigabytes(facts.weight_bytes)} on a GPU ({kept})"

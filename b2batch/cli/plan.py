@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, log_to_stderr, read_job
-from b2batch.cli.printing import count, magnitude, plural, print_facts, print_json, share, shorten, size
+from b2batch.cli.printing import (
+    count,
+    gigabytes,
+    magnitude,
+    plural,
+    print_facts,
+    print_json,
+    share,
+    shorten,
+    size,
+)
 
 if TYPE_CHECKING:
     from b2batch.estimate import Estimate
@@ -22,6 +34,9 @@ def plan(
     paths: Input = None,
     output: Output = None,
     limit: Limit = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="24GB", help="See how the model fits such a GPU.")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -30,9 +45,10 @@ def plan(
     spec = read_job(
         job, config, overrides, {"input.path": paths, "output.path": output, "input.limit": limit}
     )
+    from b2batch.engine.memory_plan import parse_size
     from b2batch.estimate import estimate_job
 
-    found = estimate_job(spec)
+    found = estimate_job(spec, None if gpu_memory is None else parse_size(gpu_memory))
     if as_json:
         print_json(found)
         return
@@ -92,6 +108,7 @@ def _model_facts(found: Estimate) -> Iterator[tuple[str, str]]:
             f"{size(model.kv_bytes_per_token)} of KV a token ({model.dtype})"
         ),
     )
+    yield from _memory_facts(found)
     sampling = {"temperature": 0.0, **found.sampling}
     yield "sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())
     most = (
@@ -101,6 +118,22 @@ def _model_facts(found: Estimate) -> Iterator[tuple[str, str]]:
     )
     about = "" if found.lengths.is_whole_input else "about "
     yield "tokens", f"{about}{count(found.num_input_tokens)} in, {most}"
+
+
+def _memory_facts(found: Estimate) -> Iterator[tuple[str, str]]:
+    model = found.model
+    kept = model.quantization or model.dtype
+    yield (
+        "memory",
+        (
+            f"{gigabytes(model.weight_bytes)} of weights ({kept}), {gigabytes(found.workspace_bytes)} for a "
+            "step's work, the rest for KV"
+        ),
+    )
+    if found.fit is not None:
+        fit = found.fit
+        room = f"{count(fit.num_kv_tokens)} tokens of KV, {fit.num_contexts:.1f} full contexts"
+        yield "", f"on {gigabytes(fit.device_bytes)}: {room}; {fit.advice}"
 
 
 def _output_facts(found: Estimate) -> Iterator[tuple[str, str]]:

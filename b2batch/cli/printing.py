@@ -62,6 +62,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TiB"
 
 
+def gigabytes(num_bytes: float) -> str:
+    """``15.0 GB``, of a billion bytes each: as weights and GPUs are sold."""
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
 def shorten(text: str, num_chars: int) -> str:
     """At most ``num_chars`` of ``text`` on one line."""
     line = " ".join(text.split())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import MODELS, PromptCodec, family_of, has_norm_head
+from b2batch.models.footprint import BYTES_OF_DTYPE, Architecture, kv_bytes_per_token, weight_bytes
 from b2batch.spec import ModelSpec
-
-_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """A model's architecture. ``num_parameters`` is computed for a gated decoder without biases, so it is
-    exact for Baichuan and close for others; KV bytes are those of one token at the checkpoint's dtype.
+    exact for Baichuan and close for others; KV bytes are those of one token. Weights and KV are at the
+    dtype that a GPU would run (``model.dtype``, else the checkpoint's) and quantised as the spec asks.
     """
 
     source: str
@@ -32,6 +31,7 @@ class ModelFacts:
     num_parameters: int
     dtype: str
     kv_bytes_per_token: int
+    weight_bytes: int
     quantization: str | None
 
 
@@ -49,26 +49,36 @@ def model_facts(checkpoint: Checkpoint, codec: PromptCodec, spec: ModelSpec) -> 
     """The facts of an opened checkpoint, as the engine would run it."""
     config = checkpoint.config.get("text_config", checkpoint.config)
     num_heads = int(config["num_attention_heads"])
-    num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // num_heads)
-    num_layers = int(config["num_hidden_layers"])
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    shape = Architecture.of(checkpoint.config)
+    dtype = gpu_dtype(checkpoint, spec)
+    quantization = checkpoint.quantization or spec.quantization
     return ModelFacts(
         source=checkpoint.source,
         model_type=checkpoint.model_type,
         variant=_variant(checkpoint, spec),
         is_chat=codec.chat is not None,
-        num_layers=num_layers,
-        hidden_size=int(config["hidden_size"]),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        vocab_size=int(config["vocab_size"]),
+        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+        vocab_size=shape.vocab_size,
         max_model_len=codec.max_model_len,
-        num_parameters=_num_parameters(config, num_heads * head_dim, num_kv_heads * head_dim),
+        num_parameters=shape.num_linear_parameters + shape.num_other_parameters,
         dtype=dtype,
-        kv_bytes_per_token=2 * num_layers * num_kv_heads * head_dim * _BYTES_OF_DTYPE.get(dtype, 2),
-        quantization=checkpoint.quantization,
+        kv_bytes_per_token=kv_bytes_per_token(shape, dtype),
+        weight_bytes=weight_bytes(shape, dtype, quantization),
+        quantization=quantization,
     )
+
+
+def gpu_dtype(checkpoint: Checkpoint, spec: ModelSpec) -> str:
+    """The dtype that the weights get on a GPU; float32 where the spec asks for a CPU."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    if spec.device == "cpu":
+        return "float32"
+    declared = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+    return declared if declared in BYTES_OF_DTYPE else "bfloat16"
 
 
 def _variant(checkpoint: Checkpoint, spec: ModelSpec) -> str:
@@ -83,12 +93,3 @@ def _variant(checkpoint: Checkpoint, spec: ModelSpec) -> str:
         position = "alibi" if config.get("max_position_embeddings") is None else "rope"
     generation = "Baichuan 2, normalised head" if norm_head else "Baichuan 1, plain head"
     return f"{generation}, {'ALiBi' if position == 'alibi' else 'rotary'} positions"
-
-
-def _num_parameters(config: Mapping[str, Any], query_size: int, kv_size: int) -> int:
-    hidden, vocab = int(config["hidden_size"]), int(config["vocab_size"])
-    attention = hidden * (2 * query_size + 2 * kv_size)
-    gated = 3 * hidden * int(config.get("intermediate_size") or 4 * hidden)
-    norms = 2 * hidden
-    heads = 1 if config.get("tie_word_embeddings") else 2
-    return heads * vocab * hidden + int(config["num_hidden_layers"]) * (attention + gated + norms) + hidden

@@ -1,0 +1,172 @@
+"""Does a model fit a device, and what would make it fit? Worked out from its config, before anything loads.
+
+A device holds, beside what CUDA itself takes, the weights, the work of the largest step and, of what is
+left, ``engine.gpu_memory_utilization`` for keys and values.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from b2batch.errors import SpecError
+from b2batch.models.checkpoint import Checkpoint
+from b2batch.models.facts import gpu_dtype
+from b2batch.models.footprint import Architecture, kv_bytes_per_token, weight_bytes, workspace_bytes
+from b2batch.spec import EngineSpec, JobSpec
+
+GB = 1_000_000_000
+_CPU_SEQS, _CPU_TOKENS = 64, 1024
+_CUDA_SEQS, _CUDA_TOKENS = 256, 8192
+_CONTEXT_BYTES = 600_000_000  # what CUDA and torch hold on a device before the first tensor
+_FEW_CONTEXTS = 16  # with room for fewer full contexts a GPU waits for memory rather than for work
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", re.IGNORECASE)
+_BYTES_OF_UNIT = {"gb": GB, "gib": 1 << 30, "mb": 1_000_000, "mib": 1 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """The most that one step of the engine takes in."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @classmethod
+    def of(cls, spec: EngineSpec, *, on_cpu: bool) -> StepSize:
+        """The spec's, with ``auto`` settled for the kind of device.
+
+        Raises:
+            SpecError: some sequences would never get their next token.
+        """
+        seqs, tokens = (_CPU_SEQS, _CPU_TOKENS) if on_cpu else (_CUDA_SEQS, _CUDA_TOKENS)
+        max_num_seqs = seqs if spec.max_num_seqs == "auto" else spec.max_num_seqs
+        asked = spec.max_num_batched_tokens
+        budget = max(tokens, max_num_seqs) if asked == "auto" else asked
+        if budget < max_num_seqs:
+            raise SpecError(
+                f"engine.max_num_batched_tokens: {budget} is less than max_num_seqs {max_num_seqs}, "
+                "so some sequences would never get their next token"
+            )
+        return cls(max_num_seqs, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """A way to run a model: how its weights are kept (None: in full precision), over how many devices."""
+
+    quantization: str | None
+    num_devices: int
+
+    def changes_from(self, other: Variation) -> str:
+        """The job's keys that turn ``other`` into this one."""
+        kept = f"model.quantization: {self.quantization}" if self.quantization != other.quantization else ""
+        spread = f"cluster.gpus_per_replica: {self.num_devices}" if self.num_devices > 1 else ""
+        return " with ".join(part for part in (kept, spread) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFit:
+    """What devices of ``device_bytes`` each hold. ``num_contexts`` counts sequences of full length."""
+
+    device_bytes: int
+    num_kv_tokens: int
+    num_contexts: float
+    fits: bool
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """A model and how it is to be run, as far as memory goes."""
+
+    shape: Architecture
+    dtype: str
+    variation: Variation
+    can_quantize: bool
+    max_model_len: int
+    step: StepSize
+    utilization: float
+
+    @classmethod
+    def of(cls, spec: JobSpec, checkpoint: Checkpoint, max_model_len: int) -> MemoryPlan:
+        """The plan of a job on GPUs, or on a CPU where the spec asks for one."""
+        gpus = spec.cluster.gpus_per_replica
+        stored = checkpoint.quantization
+        return cls(
+            shape=Architecture.of(checkpoint.config),
+            dtype=gpu_dtype(checkpoint, spec.model),
+            variation=Variation(
+                stored or spec.model.quantization, 1 if gpus == "auto" else max(1, int(gpus))
+            ),
+            can_quantize=stored is None,
+            max_model_len=max_model_len,
+            step=StepSize.of(spec.engine, on_cpu=spec.model.device == "cpu"),
+            utilization=spec.engine.gpu_memory_utilization,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all devices of a replica together."""
+        return weight_bytes(self.shape, self.dtype, self.variation.quantization)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all devices of a replica together."""
+        return kv_bytes_per_token(self.shape, self.dtype)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """On each device."""
+        return workspace_bytes(
+            self.shape, self.dtype, self.step.max_num_seqs, self.step.max_num_batched_tokens
+        )
+
+    def num_kv_tokens(self, device_bytes: int) -> int:
+        """Tokens of keys and values that devices of this size hold; 0 where not even the weights fit."""
+        room = self.variation.num_devices * (device_bytes - _CONTEXT_BYTES - self.workspace_bytes)
+        return max(0, int((room - self.weight_bytes) * self.utilization) // self.kv_bytes_per_token)
+
+    def on(self, device_bytes: int) -> MemoryFit:
+        """How the model fits devices of this size, and what would give it more room."""
+        num_tokens = self.num_kv_tokens(device_bytes)
+        num_contexts = num_tokens / self.max_model_len
+        return MemoryFit(
+            device_bytes,
+            num_tokens,
+            num_contexts,
+            num_contexts >= 1,
+            self._advice(device_bytes, num_contexts),
+        )
+
+    def _advice(self, device_bytes: int, num_contexts: float) -> str:
+        """What to set instead; more devices only where two replicas of fewer would hold less."""
+        now = self.variation
+        better = []
+        for variation in self._roomier_variations():
+            contexts = replace(self, variation=variation).num_kv_tokens(device_bytes) / self.max_model_len
+            if contexts >= max(1.0, 2 * num_contexts * variation.num_devices / now.num_devices):
+                better.append(f"{variation.changes_from(now)} ({contexts:.1f} full contexts)")
+        if num_contexts < 1:
+            return f"does not fit; would: {', or '.join(better[:3])}" if better else "does not fit in any way"
+        if num_contexts < _FEW_CONTEXTS and better:
+            return f"fits, with few long sequences at a time; more room: {', or '.join(better)}"
+        return "fits"
+
+    def _roomier_variations(self) -> list[Variation]:
+        """Smaller weights first, then more devices."""
+        now = self.variation
+        smaller = (
+            {None: ("int8", "nf4"), "int8": ("nf4",)}.get(now.quantization, ()) if self.can_quantize else ()
+        )
+        counts = [count for count in (2, 4, 8) if count > now.num_devices]  # of one node
+        return [replace(now, quantization=method) for method in smaller] + [
+            replace(now, num_devices=count) for count in counts
+        ]
+
+
+def parse_size(text: str) -> int:
+    """``24GB``, ``23.6 GiB``, ``24`` (GB) → bytes; SpecError for what is no size."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise SpecError(f"{text!r} is no size of memory; write for example 24GB or 23.6GiB")
+    return int(float(match[1]) * _BYTES_OF_UNIT[(match[2] or "GB").lower()])
