@@ -83,7 +83,7 @@ class ProcessFleet:
         return pid
 
     def wait(self, timeout_s: float) -> list[FleetEvent]:
-        for replica_id, member in list(self._members.items()):
+        for member in self._members.values():
             if not member.is_polled:
                 self._poll(member)
         ids: dict[Any, int] = {member.connection: key for key, member in self._members.items()}

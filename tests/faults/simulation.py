@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, BinaryIO
@@ -20,7 +20,16 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from outputs.memory_store import MemoryStore
-from outputs.tiny_run import INPUT_SCHEMA, PLAN, answer, make_part, make_record, make_spec, make_units
+from outputs.tiny_run import (
+    INPUT_SCHEMA,
+    PLAN,
+    answer,
+    failed,
+    make_part,
+    make_record,
+    make_spec,
+    make_units,
+)
 
 from b2batch.cluster.actions import (
     Action,
@@ -42,7 +51,7 @@ from b2batch.outputs.parts import Part, planned_row_ids
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import prove_exclusive_creation
-from b2batch.rows import UnitReport
+from b2batch.rows import PieceBegun, UnitReport
 
 SPEC = make_spec()
 UNITS = make_units(6, 2)
@@ -74,9 +83,10 @@ def require(holds: bool, what: str) -> None:
 
 
 @functools.cache
-def part_of(unit_index: int, attempt: int, epoch: int) -> Part:
+def part_of(unit_index: int, attempt: int, epoch: int, condemned: frozenset[int] = frozenset()) -> Part:
     unit = UNITS[unit_index]
-    results = [answer(row_id) for row_id in planned_row_ids(unit)]
+    row_ids = planned_row_ids(unit)
+    results = [failed(row) if offset in condemned else answer(row) for offset, row in enumerate(row_ids)]
     return make_part(unit, RECORD.run_id, spec=SPEC, results=results, attempt=attempt, epoch=epoch)
 
 
@@ -162,15 +172,27 @@ class SimReplica:
     is_ready: bool = False
     is_frozen: bool = False
     num_steps: int = 0
+    num_begun: int = 0  # pieces of the unit under caution
+    is_waiting: bool = False  # until the driver knows which piece comes next
     inbox: list[Lease] = field(default_factory=list)
     staged: list[Part] = field(default_factory=list)
-    outbox: list[UnitReport] = field(default_factory=list)
+    outbox: list[UnitReport | PieceBegun] = field(default_factory=list)
 
     @property
     def num_in_flight(self) -> int:
         return len(self.inbox) + len(self.staged)
 
+    @property
+    def row_alone(self) -> tuple[int, int] | None:
+        """The row that runs alone now: its unit and its offset."""
+        if not self.inbox or self.inbox[0].caution is None or not self.num_begun or self.is_waiting:
+            return None
+        piece = self.inbox[0].caution.pieces[self.num_begun - 1]
+        return (self.inbox[0].unit_index, piece[0]) if len(piece) == 1 else None
+
     def drop(self, unit_index: int) -> None:
+        if self.inbox and self.inbox[0].unit_index == unit_index:
+            self.num_begun, self.is_waiting = 0, False
         self.inbox = [lease for lease in self.inbox if lease.unit_index != unit_index]
         self.staged = [part for part in self.staged if part.unit.index != unit_index]
 
@@ -205,7 +227,7 @@ class SimDriver:
             step_timeout_s=HANG_S,
         )
         todo = [unit.index for unit in UNITS if unit.index not in self.done_units]
-        self.dispatcher = Dispatcher(todo, policy)
+        self.dispatcher = Dispatcher(todo, policy, num_rows=lambda index: UNITS[index].num_rows)
         self.apply(self.dispatcher.start(world.now_s))
 
     # --- decisions -------------------------------------------------------------------------------
@@ -275,10 +297,17 @@ class SimDriver:
         if replica.is_ready:
             self.apply(self.dispatcher.on_replica_ready(replica_id, self.world.now_s))
         reports, replica.outbox = replica.outbox, []
+        replica.is_waiting = False
         for report in reports:
-            if report.error is None:
-                self.done_units.add(report.unit_index)
-            self.apply(self.dispatcher.on_report(replica_id, report))
+            self.take(replica_id, report)
+
+    def take(self, replica_id: int, report: UnitReport | PieceBegun) -> None:
+        if isinstance(report, PieceBegun):
+            self.dispatcher.on_piece_begun(replica_id, report)
+            return
+        if report.error is None:
+            self.done_units.add(report.unit_index)
+        self.apply(self.dispatcher.on_report(replica_id, report))
 
     def lose(self, replica_id: int, loss: Loss) -> None:
         self.bury(replica_id)
@@ -294,13 +323,16 @@ class SimDriver:
 
     def finalise(self) -> None:
         self.epoch.check_not_fenced()
-        finalise.finalise(self.directory, UNITS, SCHEMA, num_skipped_blank=0, max_error_rate=0.0)
+        finalise.finalise(self.directory, UNITS, SCHEMA, num_skipped_blank=0, max_error_rate=1.0)
         self.world.note_success()
         self.leave()
 
 
 class World:
-    """The store, the clock and every process; ``random`` decides what happens next."""
+    """The store, the clock and every process; ``random`` decides what happens next.
+
+    ``poison`` are rows, as (unit, offset), that end the process that generates them.
+    """
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -309,6 +341,9 @@ class World:
         self.strays: list[SimReplica] = []
         self.visible: dict[str, bytes] = {}
         self.row_ids: set[str] = set()
+        self.failed_ids: set[str] = set()
+        self.poison = self.choose_poison()
+        self.bad_luck: Counter[tuple[int, int]] = Counter()  # deaths of others' making while a row ran alone
         self.num_generated: Counter[int] = Counter()
         self.num_excused = 0
         self.num_successes = 0
@@ -318,6 +353,12 @@ class World:
     def now_s(self) -> float:
         return self.store.now_s
 
+    def choose_poison(self) -> frozenset[tuple[int, int]]:
+        num_rows = self.random.choice([0, 0, 1, 2])
+        return frozenset(
+            (self.random.randrange(len(UNITS)), self.random.randrange(2)) for _ in range(num_rows)
+        )
+
     # --- what drivers tell -----------------------------------------------------------------------
 
     def new_process(self) -> ProcessStore:
@@ -326,6 +367,9 @@ class World:
         return ProcessStore(self.store, dies_at, bool(self.random.randrange(2)))
 
     def write_off(self, replica: SimReplica) -> None:
+        alone = replica.row_alone
+        if alone is not None and alone not in self.poison:
+            self.bad_luck[alone] += 1
         self.num_excused += replica.num_in_flight
         if not replica.store.is_dead:
             self.strays.append(replica)
@@ -438,13 +482,32 @@ class World:
         replica.is_ready = True
         if replica.staged and (not replica.inbox or self.random.randrange(2)):
             self.commit(replica)
-        elif replica.inbox:
-            lease = replica.inbox.pop(0)
+        elif replica.inbox and not replica.is_waiting:
             replica.num_steps += 1
-            self.num_generated[lease.unit_index] += 1
-            if replica.epoch < self.newest_epoch():
-                self.num_excused += 1  # of a driver that lost its lease and does not know
-            replica.staged.append(part_of(lease.unit_index, lease.attempt, replica.epoch))
+            self.compute(replica, replica.inbox[0])
+
+    def compute(self, replica: SimReplica, lease: Lease) -> None:
+        """All of a unit, or under caution its next piece; a poisonous row ends the process."""
+        pieces = lease.caution.pieces if lease.caution else (tuple(range(UNITS[lease.unit_index].num_rows)),)
+        num_begun = replica.num_begun if lease.caution else 1
+        running = pieces[num_begun - 1] if num_begun else ()
+        if any((lease.unit_index, offset) in self.poison for offset in running):
+            replica.store.is_dead = True
+            self.num_events["poison taken"] += 1
+        elif num_begun < len(pieces):
+            replica.outbox.append(PieceBegun(lease.unit_index, lease.attempt, replica.num_begun))
+            replica.num_begun, replica.is_waiting = replica.num_begun + 1, True
+        else:
+            self.stage(replica, lease)
+
+    def stage(self, replica: SimReplica, lease: Lease) -> None:
+        replica.inbox.remove(lease)
+        replica.num_begun = 0
+        self.num_generated[lease.unit_index] += 1
+        if replica.epoch < self.newest_epoch():
+            self.num_excused += 1  # of a driver that lost its lease and does not know
+        condemned = frozenset(row.offset for row in lease.caution.condemned) if lease.caution else frozenset()
+        replica.staged.append(part_of(lease.unit_index, lease.attempt, replica.epoch, condemned))
 
     def commit(self, replica: SimReplica) -> None:
         part = replica.staged.pop(0)
@@ -481,9 +544,11 @@ class World:
         for key, data in self.visible.items():
             require(now.get(key) == data, f"I4: {key} changed or disappeared")
         for key in now.keys() - self.visible.keys():
-            for row_id in read_row_ids(now[key], key):
+            for row_id, status in read_statuses(now[key], key):
                 require(row_id not in self.row_ids, f"I2: row {row_id} stands twice")
                 self.row_ids.add(row_id)
+                if status == "error":
+                    self.failed_ids.add(row_id)
         self.visible = now
         success = self.store.objects.get("_SUCCESS")
         if success is not None:
@@ -493,8 +558,13 @@ class World:
         listed = {name: part["sha256"] for name, part in document["parts"].items()}  # type: ignore[attr-defined]
         found = {name: hashlib.sha256(data).hexdigest() for name, data in self.visible.items()}
         require(listed == found, "I7: _SUCCESS does not list what is there")
-        require(document["rows"]["error"] == 0, "I8: a sound row is an error")  # type: ignore[index]
+        require(self.failed_ids >= self.ids_of(self.poison), "I8: a row that ends its process has a result")
+        unlucky = {row for row, num_deaths in self.bad_luck.items() if num_deaths >= 2}
+        require(self.failed_ids <= self.ids_of(self.poison | unlucky), "I8: a sound row is an error")
         require(self.row_ids == set(ROW_IDS), "I7: _SUCCESS stands, and rows are missing")
+
+    def ids_of(self, rows: Iterable[tuple[int, int]]) -> set[str]:
+        return {planned_row_ids(UNITS[unit_index])[offset] for unit_index, offset in rows}
 
     def row_ids_now(self) -> list[str]:
         self.look()
@@ -543,9 +613,10 @@ class World:
         require(self.store.objects == before, "I12: running a finished job again changed something")
 
 
-def read_row_ids(data: bytes, key: str) -> list[str]:
-    """The rows of a visible part, whatever its name says."""
+def read_statuses(data: bytes, key: str) -> list[tuple[str, str]]:
+    """The rows of a visible part and whether they are errors, whatever its name says."""
     try:
-        return pq.read_table(pa.BufferReader(data), columns=["row_id"]).column(0).to_pylist()
+        table = pq.read_table(pa.BufferReader(data), columns=["row_id", "status"])
     except (pa.ArrowException, OSError) as error:
         raise Violation(f"I3: {key} is torn: {error}") from error
+    return list(zip(*(table.column(name).to_pylist() for name in ("row_id", "status")), strict=True))
