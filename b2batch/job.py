@@ -417,6 +417,7 @@ def _provenance(spec: JobSpec, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "model": checkpoint.source,
         "model_type": checkpoint.model_type,
+        "weights": checkpoint.weight_digests(),
         "hidden_size": _hidden_size(checkpoint),
         "dtype": spec.model.dtype,
         "device": spec.model.device,

@@ -54,6 +54,8 @@ from b2batch.telemetry import Progress
 
 logger = logging.getLogger(__name__)
 
+_MAX_FAILURES_TOLD = 20  # by one worker: a million bad rows must not fill a disk with its log
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerArgs:
@@ -149,6 +151,7 @@ class Worker:
         self._poison: set[str] = set()  # row ids; see failpoints
         self._num_nan_in_a_row = 0  # rows of units that do not trust it
         self._progress = Progress()
+        self._num_failures_told = 0
 
     @property
     def wants_unit(self) -> bool:
@@ -317,7 +320,11 @@ class Worker:
         )
 
     def _fail(self, open_unit: _OpenUnit, row_id: str, failure: RowFailure) -> None:
-        logger.debug("row=%s %s: %s", row_id, failure.fault, failure.message)
+        if self._num_failures_told < _MAX_FAILURES_TOLD:
+            self._num_failures_told += 1
+            logger.warning("row=%s %s: %s", row_id, failure.fault, failure.message)
+            if self._num_failures_told == _MAX_FAILURES_TOLD:
+                logger.warning("further failed rows are counted, not logged")
         open_unit.results[row_id] = ResultRow(row_id, failure=failure)
         self._progress += Progress(num_rows=1, num_error_rows=1)
 

@@ -91,6 +91,17 @@ def test_a_bad_row_costs_only_itself(tmp_path, loaded):
     assert (rows["0:0"]["generated_text"], rows["0:5"]["generated_text"]) == ("正面", "负面")
 
 
+def test_a_flood_of_bad_rows_is_counted_and_not_logged(tmp_path, loaded, caplog):
+    spec = make_spec(tmp_path, ["{"] * 500)
+    with caplog.at_level("WARNING", logger="b2batch.worker"):
+        rows, _, worker = work(spec, loaded)
+    told = [record.getMessage() for record in caplog.records if record.name == "b2batch.worker"]
+    assert len(rows) == worker.progress().num_error_rows == 500
+    assert sum("INPUT_JSON" in line for line in told) == 20
+    assert "rows.jsonl, line 1:" in told[0]
+    assert told[20:] == ["further failed rows are counted, not logged"]
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_num_seqs": 1}, {"max_num_batched_tokens": 64}, {"kv_cache_tokens": 1100}]
 )

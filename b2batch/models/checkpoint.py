@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,7 @@ from b2batch.spec import ModelSpec, resolve_env
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HASH_WHOLE_BELOW = 1 << 30
-_PROBE_BYTES = 1 << 20
+_HASH_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,17 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 of what makes the answers: configs, tokenizer and weights.
 
-        A hub's weights count by the revision, which the hub keeps; local ones by their content. A
-        local file of 1 GiB or more counts by size and both ends (1 MiB each): hashing tens of
-        gigabytes would delay every start.
+        A hub's weights count by the revision, which the hub keeps; local ones by their content.
         """
         total = hashlib.sha256(b"" if self.is_local else self.source.encode())
         patterns = _SMALL_FILES + _WEIGHT_FILES if self.is_local else _SMALL_FILES
-        files = {path for pattern in patterns for path in self.directory.glob(pattern)}
-        for path in sorted(files, key=lambda p: p.name):
-            total.update(f"{path.name}\0{_file_digest(path)}\n".encode())
+        for name, digest in _digests(self.directory, patterns).items():
+            total.update(f"{name}\0{digest}\n".encode())
         return total.hexdigest()
+
+    def weight_digests(self) -> dict[str, str]:
+        """File name → sha256 of local weights; none of a hub's, which ``source`` names by their revision."""
+        return _digests(self.directory, _WEIGHT_FILES) if self.is_local else {}
 
 
 def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
@@ -97,8 +99,23 @@ def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
         )
     if (weights or is_local) and not any(p for pattern in _WEIGHT_FILES for p in directory.glob(pattern)):
         raise ModelError(f"model.model: {directory} holds no weights (*.safetensors or *.bin)")
+    if weights or is_local:
+        _check_shards(directory)
     generation_config = read_json(directory / "generation_config.json") or {}
     return Checkpoint(directory, source, is_local, config, generation_config)
+
+
+def _check_shards(directory: Path) -> None:
+    """Refuse an index that names shards which are not there, or lie elsewhere."""
+    for path in directory.glob("*.index.json"):
+        shards = (read_json(path) or {}).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ModelError(f"{path}: no index of weights: its weight_map does not name a file for each")
+        for shard in sorted(set(shards.values())):
+            if Path(shard).name != shard:
+                raise ModelError(f"{path}: the shard {shard!r} is not a name in its own directory")
+            if not (directory / shard).is_file():
+                raise ModelError(f"{path}: names the shard {shard}, which is not there")
 
 
 def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str, bool]:
@@ -168,12 +185,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
+def _digests(directory: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """File name → sha256, by name. All bytes are read: one flipped bit of a weight loads without a word."""
+    paths = sorted({path for pattern in patterns for path in directory.glob(pattern)}, key=lambda p: p.name)
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        digests = pool.map(
+            lambda path: _file_digest(path, path.stat().st_mtime_ns, path.stat().st_ino), paths
+        )
+        return dict(zip((path.name for path in paths), digests, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, modified_ns: int, inode: int) -> str:
+    """sha256 of a file; the version is there so that the same file is read once a process."""
     with path.open("rb") as file:
-        if size < _HASH_WHOLE_BELOW:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        ends = file.read(_PROBE_BYTES)
-        file.seek(-_PROBE_BYTES, 2)
-        ends += file.read()
-    return hashlib.sha256(size.to_bytes(8, "little") + ends).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -160,7 +160,7 @@ def _from_pretrained(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrai
         weights = _hub_layout_weights(checkpoint)
         if weights is None:
             model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory, trust_remote_code=False, **options
+                checkpoint.directory, trust_remote_code=False, weights_only=True, **options
             )
         elif isinstance(options["config"], BaichuanConfig):
             model, report = BaichuanForCausalLM.from_pretrained(None, state_dict=weights, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +70,36 @@ def test_a_directory_without_weights_is_refused(directory: Path) -> None:
     (directory / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="no weights"):
         open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (
+            {"weight_map": {"a": "part-1.bin", "b": "gone.bin"}},
+            "names the shard gone.bin, which is not there",
+        ),
+        ({"weight_map": {"a": "../outside.bin"}}, "'../outside.bin' is not a name in its own directory"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is not a name in its own directory"),
+        ({"weight_map": ["part-1.bin"]}, "no index of weights"),
+        ({"weight_map": {"a": 1}}, "no index of weights"),
+        ({}, "no index of weights"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused_before_a_replica_starts(
+    directory: Path, index: dict[str, object], said: str
+) -> None:
+    (directory / "part-1.bin").write_bytes(b"")
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"index\.json: ") as caught:
+        open_checkpoint(ModelSpec(model=str(directory)), weights=False)
+    assert said in str(caught.value)
+
+
+def test_the_digests_of_weights_are_told(directory: Path) -> None:
+    checkpoint = open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+    expected = hashlib.sha256((directory / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert checkpoint.weight_digests() == {"pytorch_model.bin": expected}
 
 
 def test_the_digest_is_of_contents(directory: Path, tmp_path: Path) -> None:

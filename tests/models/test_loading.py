@@ -142,6 +142,22 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(directory: Path, tmp_pat
     assert not target.exists()
 
 
+def test_safetensors_are_preferred_to_a_pickle(directory: Path, tmp_path: Path) -> None:
+    target = tmp_path / "owned.txt"
+    weights = {name: tensor.contiguous() for name, tensor in weights_of(directory).items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(_Exploit(target)))
+    load(directory)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("header", [1 << 62, 1 << 40, 99_000_000, 8])
+def test_a_header_that_claims_more_than_there_is(directory: Path, header: int) -> None:
+    (directory / "pytorch_model.bin").unlink()
+    (directory / "model.safetensors").write_bytes(header.to_bytes(8, "little") + b'{"a":[[[' * 100)
+    refused(directory)
+
+
 @pytest.mark.parametrize("model_type", ["baichuan", "no_such_family"])
 def test_code_in_the_checkpoint_is_never_run(directory: Path, tmp_path: Path, model_type: str) -> None:
     target = tmp_path / "owned.txt"
