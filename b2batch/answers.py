@@ -11,7 +11,9 @@ from b2batch.engine.engine import Engine
 from b2batch.engine.request import Completion, Finished, Score
 from b2batch.errors import ModelError, RowError, RowFault, Stage
 from b2batch.labelling.classify import decide, label_probabilities, mean_prior
+from b2batch.labelling.grammar import parse_answer
 from b2batch.models.tokenizer import Tokenizer
+from b2batch.outputs.schema import parsed_type
 from b2batch.rows import Generation, Sample
 from b2batch.spec import JobSpec
 
@@ -23,6 +25,7 @@ class AnswerReader:
         self._spec = spec
         self._tokenizer = tokenizer
         self._prior = prior
+        self._parsed_type = parsed_type(spec.structured_outputs)
         self._label_names = [label.name for label in spec.labels]
 
     def read(self, finished: Finished, *, prompt_truncated: bool = False) -> Generation:
@@ -35,9 +38,10 @@ class AnswerReader:
         if error is not None:
             raise _not_finite(error)
         samples = tuple(read_sample(completion, self._tokenizer) for completion in finished.completions)
-        return Generation(finished.num_prompt_tokens, samples, prompt_truncated, self._columns(finished))
+        columns = self._columns(finished, samples)
+        return Generation(finished.num_prompt_tokens, samples, prompt_truncated, columns)
 
-    def _columns(self, finished: Finished) -> dict[str, Any]:
+    def _columns(self, finished: Finished, samples: Sequence[Sample]) -> dict[str, Any]:
         """The values of the columns that only this task has."""
         if self._spec.task == "classify":
             return self._classified(finished.scores)
@@ -45,7 +49,14 @@ class AnswerReader:
             return _scored(finished.scores[0])
         if self._spec.task == "embed":
             return self._embedded(finished.embedding)
-        return {}
+        return self._parsed(samples[0]) if self._spec.structured_outputs.is_set else {}
+
+    def _parsed(self, answer: Sample) -> dict[str, Any]:
+        try:
+            value = parse_answer(self._spec.structured_outputs, answer, self._parsed_type)
+        except (ValueError, RecursionError) as error:
+            return {"parsed": None, "parse_error": str(error)[:500]}
+        return {"parsed": value}
 
     def _classified(self, scores: Sequence[Score]) -> dict[str, Any]:
         settings = self._spec.classify

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from b2batch.engine.request import AnyRequest, EmbedRequest, Request, ScoreRequest
 from b2batch.errors import RowError, RowFault, SpecError, Stage
 from b2batch.inputs.prompts import Prompt, PromptRenderer
+from b2batch.labelling.grammar import grammar_of
 from b2batch.models.chat import input_budget
 from b2batch.models.families import PromptCodec
 from b2batch.rows import PromptRow
@@ -51,6 +52,7 @@ class RowEncoder:
                 "prompt.on_too_long: truncate_right would cut the turn that asks for an answer; "
                 "for chat prompts use truncate_left"
             )
+        self._grammar = grammar_of(spec.structured_outputs)
         self._label_texts = tuple(label.text for label in spec.labels)
         self._priors = [self._prior_request(text) for text in spec.classify.calibrate_with]
 
@@ -85,7 +87,7 @@ class RowEncoder:
         if self._spec.task == "generate":
             sampling = self._row_sampling(row)
             ids, is_cut = self._fitted(prompt, self._encode_prompt(prompt), sampling.max_tokens or 1, 1)
-            return EncodedRow(Request(row.row_id, ids, sampling), is_cut)
+            return EncodedRow(Request(row.row_id, ids, sampling, self._grammar), is_cut)
         if self._spec.task == "embed":
             ids, is_cut = self._fitted(prompt, self._encode_prompt(prompt), 0, 0)
             return EncodedRow(EmbedRequest(row.row_id, ids, self._spec.embed.pooling), is_cut)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -91,6 +94,7 @@ class ModelSpec(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="what nf4 layers compute in"
     )
+    adapter: str | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
     position: Literal["auto", "rope", "alibi"] = "auto"
@@ -235,6 +239,65 @@ class OutputSpec(_Section):
     prefix: str | None = Field(default=None, description="put before b2batch's own column names")
 
 
+def _as_schema(value: Any) -> Any:
+    """A JSON schema as it is, or of the pydantic model that ``package.module:Class`` names."""
+    if not isinstance(value, str):
+        return value
+    model = import_object(value)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise ValueError(f"{value} is not a pydantic model")
+    return model.model_json_schema()
+
+
+def import_object(name: str) -> Any:
+    """What ``package.module:name`` stands for; the current directory is looked in as well.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"expected package.module:name, found {name!r}")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module} has no {attribute}")
+        found = getattr(found, part)
+    return found
+
+
+with warnings.catch_warnings():  # `json` is the name of a method of BaseModel that nobody calls
+    warnings.filterwarnings("ignore", 'Field name "json"', UserWarning)
+
+    class StructuredOutputsSpec(_Section):
+        """What every answer must look like: at most one of the three.
+
+        ``json`` is a JSON schema, or ``package.module:Class`` of a pydantic model.
+        """
+
+        choice: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+        regex: str | None = Field(default=None, min_length=1)
+        json: Annotated[Mapping[str, Any], BeforeValidator(_as_schema)] | None = None  # type: ignore[assignment]
+
+        @model_validator(mode="after")
+        def _one_form(self) -> Self:
+            given = [name for name in ("choice", "regex", "json") if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"at most one of choice, regex and json, found {' and '.join(given)}")
+            return self
+
+        @property
+        def is_set(self) -> bool:
+            """Whether answers are bound at all."""
+            return (self.choice, self.regex, self.json) != (None, None, None)
+
+
 class Label(_Section):
     """One answer of a classification. ``text`` is what the model would write for it."""
 
@@ -337,6 +400,7 @@ class JobSpec(_Section):
     classify: ClassifySpec = ClassifySpec()
     score: ScoreSpec = ScoreSpec()
     embed: EmbedSpec = EmbedSpec()
+    structured_outputs: StructuredOutputsSpec = StructuredOutputsSpec()
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
@@ -350,6 +414,10 @@ class JobSpec(_Section):
                 raise ValueError(f"{name}: only for task: {task}, and the task is {self.task}")
         if self.task == "classify":
             _check_labels(self.labels)
+        if self.structured_outputs.is_set and (self.sampling.ignore_eos or self.sampling.min_tokens):
+            raise ValueError(
+                "structured_outputs: the answer ends where it is whole: no ignore_eos, min_tokens"
+            )
         if self.task == "score" and self.score.column is None:
             raise ValueError("score.column: is needed for task: score and not given")
         if self.task != "generate" and self.input.sampling_column is not None:
@@ -367,7 +435,7 @@ class JobSpec(_Section):
         return {
             "task": dump["task"],
             **{name: dump[name] for name in sections},
-            "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "device")},
+            "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "device")},
             "input": {
                 k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")
             },
@@ -377,7 +445,13 @@ class JobSpec(_Section):
         }
 
 
-_TASK_OF_SECTION = {"labels": "classify", "classify": "classify", "score": "score", "embed": "embed"}
+_TASK_OF_SECTION = {
+    "labels": "classify",
+    "classify": "classify",
+    "score": "score",
+    "embed": "embed",
+    "structured_outputs": "generate",
+}
 
 
 def _check_labels(labels: tuple[Label, ...]) -> None:

@@ -30,7 +30,7 @@ from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, packing
 from b2batch.engine.engine import Engine
 from b2batch.engine.heap import keep_freed_memory
-from b2batch.engine.memory import is_out_of_memory, refuse_too_large, refuse_too_large, resolve_limits
+from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
 from b2batch.engine.request import AnyRequest, Finished
 from b2batch.errors import Fenced, ReplicaSuspect, RowError, RowFailure, RowFault, Stage, StorageError
 from b2batch.failpoints import failpoint, is_poison, take_poison
@@ -96,7 +96,6 @@ def make_worker(args: WorkerArgs) -> Worker:
         CallerError: the checkpoint or the spec cannot be used here.
     """
     torch.set_num_threads(max(1, int(args.spec.cluster.cpus_per_replica)))
-    refuse_too_large(args.spec)
     refuse_too_large(args.spec)
     loaded = load_model(args.spec.model)
     return Worker(args, loaded, make_engine(args.spec, loaded))

@@ -36,7 +36,7 @@ JOB_OF_ALL_COLUMNS: dict[str, Any] = {
 }
 
 OTHER_TASKS: list[dict[str, Any]] = [
-    {},
+    {"structured_outputs": {"choice": ["a"]}},
     {"task": "classify", "labels": ["a", "b"], "classify": {"threshold": 0.5}},
     {"task": "score", "score": {"column": "text"}},
     {"task": "embed"},

@@ -32,12 +32,13 @@ from b2batch.engine.request import (
 from b2batch.engine.sampling import sample, token_logprobs
 from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
 from b2batch.engine.sequence import Sequence
+from b2batch.engine.structured import Constraint, Grammars
 from b2batch.rows import FinishReason
 from b2batch.spec import SamplingSpec
 
 _SCORING = SamplingSpec()
-
 _LEAST_TOKENS = 16  # of a step, where memory is short
+
 
 @dataclass(slots=True)
 class EngineStats:
@@ -68,7 +69,7 @@ class Engine:
     """Requests in, tokens out.
 
     ``stop_token_ids`` end an answer (unless ``ignore_eos``); ``decode`` turns ids into text and is
-    needed for stop strings only.
+    needed for stop strings only, and ``make_vocabulary`` for grammars.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
         max_model_len: int,
         stop_token_ids: frozenset[int] = frozenset(),
         decode: Callable[[Seq[int]], str] | None = None,
+        make_vocabulary: Callable[[], LLTokenizer] | None = None,
     ) -> None:
         if limits.kv_cache_tokens < max_model_len:
             raise ValueError(
@@ -94,6 +96,7 @@ class Engine:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
         self._decode = decode
+        self._grammars = Grammars(make_vocabulary, self._vocab_size) if make_vocabulary else None
         self._pending: dict[str, _Pending] = {}
 
     @property
@@ -143,6 +146,7 @@ class Engine:
             if self.has_work:
                 raise RuntimeError("the scheduler found nothing to run although there is work")
             return []
+        self._begin_masks(step.chunks)
         logits = self.runner.run(step)
         self._scheduler.advance(step)
         ended = self._postprocess(step.chunks, logits) + self._embed(step.chunks)
@@ -163,8 +167,7 @@ class Engine:
         if limits.max_num_seqs > 1 or limits.max_num_batched_tokens > _LEAST_TOKENS:
             num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)
             num_tokens = max(num_seqs, _LEAST_TOKENS, limits.max_num_batched_tokens // 2)
-            limits = replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
-            self._scheduler.restart(limits)
+            self._scheduler.restart(replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
             return None
         alone = (self._scheduler.running or self._scheduler.waiting)[0].request_id
         self._scheduler.restart(self._full_limits)
@@ -207,9 +210,23 @@ class Engine:
             raise ValueError(f"a prompt of {len(prompt)} tokens fills the context of {self._max_model_len}")
         max_tokens = min(request.sampling.max_tokens or room, room)
         return [
-            Sequence(request.request_id, index, list(prompt), request.sampling, max_tokens)
+            Sequence(
+                request.request_id,
+                index,
+                list(prompt),
+                request.sampling,
+                max_tokens,
+                constraint=self._constraint(request),
+            )
             for index in range(request.sampling.n)
         ]
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("a grammar needs the engine to know the vocabulary")
+        return self._grammars.constraint(request.grammar)
 
     def _score_paths(self, request: ScoreRequest) -> list[Sequence]:
         """The longest token paths that cover every continuation; a shorter one is probed on the way.
@@ -280,9 +297,29 @@ class Engine:
             row += chunk.num_tokens
         return ended
 
+    def _begin_masks(self, chunks: Seq[Chunk]) -> None:
+        """Have the masks of the sequences that get a token in this step filled while the model runs."""
+        if self._grammars is not None:
+            owners = [chunk.owner for chunk in chunks if chunk.logit_positions]
+            constraints = [o.constraint for o in owners if isinstance(o, Sequence) and o.constraint]
+            self._grammars.begin_masks(constraints)
+
+    def _constrain(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """``logits`` without the tokens that grammars forbid."""
+        rows = [row for row, sequence in enumerate(sequences) if sequence.constraint]
+        if not rows:
+            return logits
+        assert self._grammars is not None
+        forbidden = self._grammars.masks().to(logits.device)
+        if len(rows) == len(sequences):
+            return logits.masked_fill(forbidden, float("-inf"))
+        logits = logits.clone()
+        logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
+        return logits
+
     def _append_tokens(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
         stops = [self._stops_of(sequence.sampling) for sequence in sequences]
-        tokens = sample(logits, sequences, stops)
+        tokens = sample(self._constrain(sequences, logits), sequences, stops)
         self._append_logprobs(sequences, logits, tokens)
         ended = []
         for sequence, token, stop_ids in zip(sequences, tokens, stops, strict=True):
@@ -302,8 +339,14 @@ class Engine:
                 error="the model gave no finite logits, or penalties and bias left none",
             )
         sequence.tokens.append(token)
+        if sequence.constraint is not None:
+            refusal = sequence.constraint.accept(token)
+            if refusal is not None:
+                return _complete(sequence, FinishReason.ERROR, error=f"the grammar failed: {refusal}")
         if token in stop_ids:
             return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)
+        if sequence.constraint is not None and sequence.constraint.is_complete:
+            return _complete(sequence, FinishReason.STOP)
         stop = self._stop_text(sequence)
         if stop is not None:
             return _complete(sequence, FinishReason.STOP, stop=stop)

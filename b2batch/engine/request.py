@@ -15,12 +15,14 @@ class Request:
     """One prompt to continue ``sampling.n`` times.
 
     ``request_id`` also seeds the sampling: the random number of a token is a hash of (seed,
-    request_id, sample index, position), whatever the request is batched with.
+    request_id, sample index, position), whatever the request is batched with. ``grammar``, in
+    llguidance's notation, is what every answer must match.
     """
 
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingSpec
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from b2batch.engine.kv import PrefixSpan, Span
 from b2batch.rows import TokenLogprob
 from b2batch.spec import SamplingSpec
+
+if TYPE_CHECKING:
+    from b2batch.engine.structured import Constraint
 
 
 class Sequence:
@@ -22,6 +25,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "constraint",
         "index",
         "logprobs",
         "max_tokens",
@@ -47,6 +51,7 @@ class Sequence:
         max_tokens: int,
         probes: Mapping[int, tuple[int, ...]] | None = None,
         pooling: Literal["mean", "last"] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -56,6 +61,7 @@ class Sequence:
         self.max_tokens = max_tokens
         self.probes = probes
         self.pooling = pooling
+        self.constraint = constraint
         self.num_computed = 0
         self.prefix_tokens: tuple[int, ...] = ()  # what it should share, once that is known
         self.prefix: PrefixSpan | None = None

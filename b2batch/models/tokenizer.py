@@ -9,13 +9,17 @@ the chat format itself can place a role token.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import sentencepiece
 
 from b2batch.errors import ModelError
+from b2batch.models.vocabulary import ByteVocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 _RESERVED = re.compile(r"<(reserved_\d+>)")
 
@@ -39,6 +43,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids; control tokens are left out."""
+        ...
+
+    def grammar_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> LLTokenizer:
+        """The tokens' bytes, for grammars over a model of ``vocab_size``; takes up to a second."""
         ...
 
 
@@ -87,6 +95,26 @@ class BaichuanTokenizer:
         """See ``Tokenizer``; ids that a padded vocabulary has beyond the pieces are left out too."""
         return cast(str, self._pieces.decode([int(i) for i in ids if 2 < i < self.vocab_size]))
 
+    def grammar_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> LLTokenizer:
+        """See ``Tokenizer``; reserved pieces spell control tokens, so no grammar may use them."""
+        pieces = [str(self._pieces.id_to_piece(i)) for i in range(self.vocab_size)]
+        special = [
+            i
+            for i, piece in enumerate(pieces)
+            if i in self._control_ids.values() or _RESERVED.fullmatch(piece)
+        ]
+        return ByteVocabulary(
+            [self._bytes_of(i, piece) for i, piece in enumerate(pieces)],
+            special,
+            self._pieces.eos_id(),
+            self.encode,
+        ).build(vocab_size, stop_token_ids)
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if self._pieces.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0xE4>
+        return piece.replace("\u2581", " ").encode()
+
 
 class TransformersTokenizer:
     """Any tokenizer of transformers, with its chat template."""
@@ -119,6 +147,19 @@ class TransformersTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""
         return cast(str, self._inner.decode(list(ids), skip_special_tokens=True))
+
+    def grammar_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> LLTokenizer:
+        """See ``Tokenizer``.
+
+        Raises:
+            ModelError: the checkpoint has no fast tokenizer, whose bytes are the only known ones.
+        """
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._inner, vocab_size, sorted(stop_token_ids) or None)
+        except ValueError as error:
+            raise ModelError(f"structured_outputs: the tokenizer cannot be used: {error}") from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, allow_special: bool) -> list[int]:
         """Ids of a conversation by the checkpoint's template, ready for the assistant's answer.

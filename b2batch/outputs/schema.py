@@ -11,7 +11,8 @@ import difflib
 import pyarrow as pa
 
 from b2batch.errors import SpecError
-from b2batch.spec import JobSpec
+from b2batch.outputs.parsed import arrow_type
+from b2batch.spec import JobSpec, StructuredOutputsSpec
 
 _OWN = b"b2batch"
 
@@ -70,11 +71,18 @@ def _task_columns(spec: JobSpec, hidden_size: int) -> dict[str, pa.DataType]:
         if spec.classify.threshold is not None:
             columns["labels"] = pa.list_(pa.string())
         return columns
+    if spec.structured_outputs.is_set:
+        columns |= {"parsed": parsed_type(spec.structured_outputs), "parse_error": pa.string()}
     if spec.sampling.n > 1:
         columns["samples"] = _SAMPLES
     if spec.sampling.logprobs is not None:
         columns["logprobs"] = _LOGPROBS
     return columns
+
+
+def parsed_type(spec: StructuredOutputsSpec) -> pa.DataType:
+    """The type of the ``parsed`` column; SpecError when a JSON schema fits none."""
+    return pa.string() if spec.json is None else arrow_type(spec.json)
 
 
 def output_schema(input_schema: pa.Schema, spec: JobSpec, hidden_size: int = 0) -> pa.Schema:
