@@ -415,7 +415,7 @@ def _with_absolute_model(spec: JobSpec) -> JobSpec:
 def _provenance(spec: JobSpec, checkpoint: Checkpoint) -> dict[str, Any]:
     """What may change bits and was not asked to: versions, dtype, the model's source."""
     return {
-        "model": checkpoint.source,
+        "model": mask_env(checkpoint.source),
         "model_type": checkpoint.model_type,
         "weights": checkpoint.weight_digests(),
         "hidden_size": _hidden_size(checkpoint),

@@ -82,15 +82,23 @@ def _nothing_found(base: _Place, pattern: Sequence[str]) -> str:
 
 
 def _parse_place(text: str) -> _Place:
+    """The parts of a path or URI as written: the value of ``${env:NAME}`` must not reach the plan."""
     resolved = resolve_env(text)
     if "://" not in resolved:
-        return _Place("", Path(resolved).expanduser().absolute().parts[1:])
-    # Kept as written: the value of ${env:NAME} must not reach the plan.
+        return _parse_local(text, resolved)
     location, mark, query = text.partition("?")
     scheme, _, rest = location.rpartition("://")
     authority, *parts = rest.split("/")
     prefix = f"{scheme}://{authority}" if scheme else authority
     return _Place(prefix, tuple(part for part in parts if part), mark + query)
+
+
+def _parse_local(text: str, resolved: str) -> _Place:
+    """An absolute path, which begins with a reference where the one that it stands for is absolute."""
+    is_absolute = Path(resolved).expanduser().is_absolute()
+    whole = text if is_absolute else f"{Path.cwd()}/{text}"
+    first, *parts = str(Path(whole).expanduser()).split("/")
+    return _Place(first, tuple(part for part in parts if part))
 
 
 def _look_up(base: _Place, pattern: Sequence[str]) -> Iterator[_Match]:

@@ -176,14 +176,30 @@ def test_files_in_a_store_behind_fsspec(tmp_path: Path) -> None:
         assert found.records == [{"n": 1}, {"n": 2}]
 
 
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("file://{}", "${{env:B2_TEST_STORE}}/in/*.jsonl"),
+        ("{}", "${{env:B2_TEST_STORE}}/in/*.jsonl"),
+        ("{}", "${{env:B2_TEST_STORE}}/in/a.jsonl"),
+        ("{}", "${{env:B2_TEST_STORE}}"),
+        ("{}/in", "${{env:B2_TEST_STORE}}"),
+        ("secret", "{}/../secret/${{env:B2_TEST_STORE}}/../in"),
+        ("in", "${{env:B2_TEST_STORE}}/*"),
+    ],
+)
 def test_an_environment_reference_is_not_resolved_in_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, path: str
 ) -> None:
-    write(tmp_path / "a.jsonl", 1)
-    monkeypatch.setenv("B2_TEST_STORE", f"file://{tmp_path}")
-    found = read_all("${env:B2_TEST_STORE}/*.jsonl")
+    secret = tmp_path / "secret"
+    write(secret / "in" / "a.jsonl", 1)
+    (secret / "secret").mkdir()
+    monkeypatch.chdir(secret)
+    monkeypatch.setenv("B2_TEST_STORE", value.format(secret))
+    found = read_all(path.format(secret))
     assert len(found.rows) == 1
-    assert str(tmp_path).encode() not in found.plan.to_bytes()
+    if value != "in" and not path.startswith("{"):  # there the job file itself says where, or the directory
+        assert str(secret).encode() not in found.plan.to_bytes()
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing/", "*.nothing", "empty"])
