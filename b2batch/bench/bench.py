@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +29,30 @@ DRIVER_MEASUREMENTS = ("dispatch", "loop", "ray", "resume", "plan-parquet", "pla
 _DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
+class RandomModels:
+    """The checkpoint with random weights that was made last: workloads that follow each other share it.
+
+    One at a time, for a 13B takes 26 GB of the disk. It goes with this object.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[str, str, str] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._num_parameters = 0
+
+    def get(self, name: str, device: str, dtype: str, on_progress: Callable[[str], None]) -> tuple[Path, int]:
+        """Its directory and number of parameters."""
+        if self._scratch is None or self._made != (name, device, dtype):
+            if self._scratch is not None:
+                self._scratch.cleanup()
+            on_progress(f"making {name}")
+            self._scratch = tempfile.TemporaryDirectory(prefix="b2batch-bench-")
+            document = {"name": name, "device": device, "dtype": dtype, "directory": self._scratch.name}
+            self._num_parameters = int(run_child("random_model", document)["num_parameters"])
+            self._made = (name, device, dtype)
+        return Path(self._scratch.name), self._num_parameters
+
+
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """Where and on what a workload is run. ``model`` replaces the workload's own."""
@@ -39,6 +62,7 @@ class BenchOptions:
     prompts: Path | None = None
     tools: Tools = field(default_factory=Tools)
     on_progress: Callable[[str], None] = lambda text: None
+    models: RandomModels = field(default_factory=RandomModels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +87,29 @@ def run_bench(name: str, workload: Workload, options: BenchOptions) -> BenchResu
         return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
     dtype = _DTYPES[options.device] if workload.dtype == "auto" else workload.dtype
     model = options.model or workload.model
-    with _model_directory(model, options, dtype) as (directory, num_parameters):
-        setting = Setting(directory, options.device, dtype, options.tools)
-        make = _recorder(name, workload, environment, options.device, dtype, model, num_parameters)
-        if isinstance(workload, StepsWorkload):
-            return BenchResult(make(measurements=_measure_steps(workload, setting, options)))
-        rows = read_rows(options.prompts, workload) if options.prompts else make_rows(workload)
-        found = compare(
-            workload,
-            rows,
-            setting,
-            lambda peer, number: options.on_progress(f"{name}: {peer}, round {number} of {workload.repeats}"),
-        )
+    directory, num_parameters = _model_directory(model, options, dtype)
+    setting = Setting(directory, options.device, dtype, options.tools)
+    make = _recorder(name, workload, environment, options.device, dtype, model, num_parameters)
+    if isinstance(workload, StepsWorkload):
+        return BenchResult(make(measurements=_measure_steps(workload, setting, options)))
+    rows = read_rows(options.prompts, workload) if options.prompts else make_rows(workload)
+    found = compare(
+        workload,
+        rows,
+        setting,
+        lambda peer, number: options.on_progress(f"{name}: {peer}, round {number} of {workload.repeats}"),
+    )
     return BenchResult(make(peers=found.to_document()), found)
 
 
-@contextmanager
-def _model_directory(model: str, options: BenchOptions, dtype: str) -> Iterator[tuple[Path, int]]:
-    """The checkpoint, made for the time of the run where it has random weights; and its parameters."""
+def _model_directory(model: str, options: BenchOptions, dtype: str) -> tuple[Path, int]:
+    """The checkpoint, made where it has random weights; and its parameters."""
     if not model.startswith(RANDOM_MODEL_PREFIX):
         directory = EMBEDDED_MODELS.get(model, Path(model).expanduser())
         if not directory.is_dir():
             raise SpecError(f"model: {model!r} is no directory here, no embedded model and not random-…")
-        yield directory, 0
-        return
-    with tempfile.TemporaryDirectory(prefix="b2batch-bench-") as scratch:
-        options.on_progress(f"making {model}")
-        document = {"name": model, "device": options.device, "dtype": dtype, "directory": scratch}
-        yield Path(scratch), int(run_child("random_model", document)["num_parameters"])
+        return directory, 0
+    return options.models.get(model, options.device, dtype, options.on_progress)
 
 
 def _recorder(*fixed: Any) -> Callable[..., RunRecord]:
