@@ -10,7 +10,10 @@ import typer
 from b2batch.cli.options import Json, Set, Verbose, log_to_stderr
 from b2batch.cli.printing import print_facts, print_json
 
-_DEFAULTS = {"cpu": ["label", "score"], "cuda": ["roofline", "label", "score"]}
+_DEFAULTS = {
+    "cpu": ["label", "score"],
+    "cuda": ["roofline", "label-170", "label-500", "label-1500", "score", "roofline-13b"],
+}
 
 
 def bench(
