@@ -96,7 +96,11 @@ class Engine:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
         self._decode = decode
-        self._grammars = Grammars(make_vocabulary, self._vocab_size) if make_vocabulary else None
+        self._grammars = (
+            Grammars(make_vocabulary, self._vocab_size, num_threads=torch.get_num_threads())
+            if make_vocabulary
+            else None
+        )
         self._pending: dict[str, _Pending] = {}
 
     @property
@@ -310,7 +314,7 @@ class Engine:
         if not rows:
             return logits
         assert self._grammars is not None
-        forbidden = self._grammars.masks().to(logits.device)
+        forbidden = torch.from_numpy(self._grammars.masks()).to(logits.device)
         if len(rows) == len(sequences):
             return logits.masked_fill(forbidden, float("-inf"))
         logits = logits.clone()

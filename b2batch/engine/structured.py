@@ -15,11 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
-import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
-from torch import Tensor
 
 _MAX_GRAMMARS = 256  # compiled ones that are kept: a job has one, or one a row
 
@@ -43,14 +41,17 @@ class Constraint:
 class Grammars:
     """Compiles grammars over one vocabulary, and fills the masks of a step's sequences."""
 
-    def __init__(self, make_vocabulary: Callable[[], LLTokenizer], vocab_size: int) -> None:
+    def __init__(
+        self, make_vocabulary: Callable[[], LLTokenizer], vocab_size: int, *, num_threads: int = 1
+    ) -> None:
         self._vocab_size = vocab_size
+        self._num_threads = num_threads
         self._make_vocabulary = make_vocabulary
         self._vocabulary: LLTokenizer | None = None
         self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
         self._thread = ThreadPoolExecutor(1, "masks")
         self._executor: LLExecutor | None = None
-        self._filling: Future[Tensor] | None = None
+        self._filling: Future[NDArray[np.bool_]] | None = None
 
     def constraint(self, grammar: str) -> Constraint:
         """The beginning of a grammar.
@@ -74,19 +75,19 @@ class Grammars:
             self._filling.result()  # of a step that failed half way
         self._filling = self._thread.submit(self._fill, constraints) if constraints else None
 
-    def masks(self) -> Tensor:
+    def masks(self) -> NDArray[np.bool_]:
         """What was begun: True where a token may not come, (R, V)."""
         assert self._filling is not None
         filling, self._filling = self._filling, None
         return filling.result()
 
-    def _fill(self, constraints: Seq[Constraint]) -> Tensor:
+    def _fill(self, constraints: Seq[Constraint]) -> NDArray[np.bool_]:
         if self._executor is None:
-            self._executor = LLExecutor(num_threads=torch.get_num_threads())
+            self._executor = LLExecutor(num_threads=self._num_threads)
         bits = allocate_token_bitmask(len(constraints), self._vocab_size)
         matchers = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
         fill_next_token_bitmask_par(self._executor, matchers, bits)
-        return torch.from_numpy(_unpack(bits, self._vocab_size))
+        return _unpack(bits, self._vocab_size)
 
 
 def _unpack(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:

@@ -197,7 +197,7 @@ def test_whatever_the_real_vocabulary_may_write_fits(real_grammars, real_tokeniz
     tokens = []
     while not constraint.is_complete and len(tokens) < 200:
         real_grammars.begin_masks([constraint])
-        allowed = (~real_grammars.masks()[0]).nonzero()[:, 0].tolist()
+        allowed = (~real_grammars.masks()[0]).nonzero()[0].tolist()
         token = rng.choice(allowed)
         assert constraint.accept(token) is None
         if token == 2:
