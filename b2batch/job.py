@@ -77,15 +77,21 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """A finished job. ``num_rows_resumed`` of its rows were committed by earlier starts."""
+    """A finished job. ``num_rows_resumed`` of its rows were committed by earlier starts.
+
+    ``num_attempts`` are the units that this start began; ``num_rows_again`` the rows of those among
+    them that had been begun before: what deaths, failures and copies at the end cost at most.
+    """
 
     output: str
     run_id: str
     counts: UnitCounts
     num_skipped_blank: int
-    num_rows_resumed: int
-    num_replicas_lost: int
     wall_s: float
+    num_rows_resumed: int
+    num_replicas_lost: int = 0
+    num_attempts: int = 0
+    num_rows_again: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +188,7 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
     success = directory.success()
     if success is not None and not success.partial:  # a partial one may be within today's budget
         logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
-        return _result(job, store, success.counts, success.counts.num_rows, 0, started_s)
+        return _result(job, store, success.counts, started_s, num_rows_resumed=success.counts.num_rows)
     with directory.take_epoch(takeover=options.takeover) as epoch:
         return _Run(job, store, directory, epoch, options, started_s).drive()
 
@@ -211,7 +217,7 @@ class _Run:
         self._counts = UnitCounts()
         self._num_units_committed = 0
         self._num_ready = 0
-        self._num_lost = 0
+        self._num_lost = self._num_attempts = self._num_rows_again = self._num_out_of_memory = 0
         self._next_status_s = 0.0
 
     def drive(self) -> JobResult:
@@ -232,7 +238,14 @@ class _Run:
             raise
         self._write_status(RunState.SUCCEEDED, exit_code=0)
         return _result(
-            self._job, self._store, success.counts, self._resumed.num_rows, self._num_lost, self._started_s
+            self._job,
+            self._store,
+            success.counts,
+            self._started_s,
+            num_rows_resumed=self._resumed.num_rows,
+            num_replicas_lost=self._num_lost,
+            num_attempts=self._num_attempts,
+            num_rows_again=self._num_rows_again,
         )
 
     def _run_pending(self) -> None:
@@ -269,7 +282,7 @@ class _Run:
             should_stop=self._options.should_stop,
         )
         with connect(spec.cluster) as cluster:
-            placement = cluster.place(spec.cluster, spec.model.device, len(pending))
+            placement = cluster.place(spec.cluster, spec.model.device, len(pending), self._note_waiting)
             logger.info(
                 "%d replicas of %g CPUs and %g GPUs each",
                 placement.num_replicas,
@@ -288,6 +301,7 @@ class _Run:
             )
             totals = run_units(pending, fleet, policy, hooks, drain_grace_s=spec.cluster.drain_grace_s)
         self._num_lost = totals.num_replicas_lost
+        self._num_attempts, self._num_rows_again = totals.num_attempts, totals.num_rows_again
 
     def _worker_args(self) -> Any:
         from b2batch.worker import WorkerArgs
@@ -311,6 +325,8 @@ class _Run:
         self._counts = self._resumed + progress.counts
         self._num_units_committed = self._num_resumed_units + progress.num_committed
         self._num_ready, self._num_lost = progress.num_ready, progress.num_lost
+        self._num_attempts, self._num_rows_again = progress.num_attempts, progress.num_rows_again
+        self._num_out_of_memory = progress.live.num_out_of_memory
         self._options.on_progress(
             JobProgress(
                 num_rows=self._job.plan.num_rows,
@@ -324,6 +340,16 @@ class _Run:
                 num_lost=progress.num_lost,
             )
         )
+        self._refresh_status()
+
+    def _note_waiting(self) -> None:
+        """What a run owes while there is no node for a replica: its lease, its status, and an ear."""
+        if self._options.should_stop():
+            raise Drained("stopped while it waited for nodes; the same command goes on from here")
+        self._epoch.beat()
+        self._refresh_status()
+
+    def _refresh_status(self) -> None:
         now_s = time.monotonic()
         if now_s >= self._next_status_s:
             self._next_status_s = now_s + _STATUS_INTERVAL_S
@@ -360,6 +386,9 @@ class _Run:
                 num_units_committed=self._num_units_committed,
                 counts=self._counts,
                 num_replicas=self._num_ready,
+                num_replicas_lost=self._num_lost,
+                num_rows_again=self._num_rows_again,
+                num_out_of_memory=self._num_out_of_memory,
                 started=self._started,
                 updated=_utc_now(),
                 rows_per_s=self._rows_per_s(),
@@ -373,17 +402,14 @@ class _Run:
         return round((self._counts.num_rows - self._resumed.num_rows) / elapsed_s, 3) if elapsed_s else 0.0
 
 
-def _result(
-    job: PreparedJob, store: Store, counts: UnitCounts, num_resumed: int, num_lost: int, started_s: float
-) -> JobResult:
+def _result(job: PreparedJob, store: Store, counts: UnitCounts, started_s: float, **effort: int) -> JobResult:
     return JobResult(
         output=store.uri,
         run_id=job.record.run_id,
         counts=counts,
         num_skipped_blank=job.plan.num_blank,
-        num_rows_resumed=num_resumed,
-        num_replicas_lost=num_lost,
         wall_s=time.monotonic() - started_s,
+        **effort,
     )
 
 

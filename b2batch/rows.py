@@ -143,7 +143,7 @@ class UnitReport:
 
 @dataclass(frozen=True, slots=True)
 class CondemnedRow:
-    """A row of a unit that takes its replica down when it runs alone; ``offset`` counts from the unit's first."""
+    """A row that takes its replica down when it runs alone; ``offset`` is its place within its unit."""
 
     offset: int
     num_deaths: int

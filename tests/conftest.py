@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # torch is for the tests that ask for these fixtures
 
     from b2batch.models.loading import LoadedModel
 
+POISON = "☠ this row ends the process ☠"  # on ray_cluster
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
@@ -40,6 +42,12 @@ def plain(golden: Callable[[str], Golden]) -> Callable[[str], LoadedModel]:
 
 
 @pytest.fixture(scope="session")
+def poison() -> str:
+    """Text that takes down every replica on ``ray_cluster`` that has a row with it in its engine."""
+    return POISON
+
+
+@pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One small Ray cluster for all tests: 4 CPUs and 2 GPUs, all of them merely numbers."""
     import ray
@@ -51,6 +59,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv(
             "PYTHONPATH", str(Path(__file__).parent / "cluster")
         )  # the replicas unpickle fake_worker
+        patch.setenv("B2BATCH_POISON", POISON)
         patch.delenv("RAY_ADDRESS", raising=False)
         ray.init(
             address="local",

@@ -95,6 +95,46 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost(ray_cluster, calm, tmp
     assert read_rows(output) == calm[1]
 
 
+def test_one_row_in_a_thousand_that_kills_its_process_becomes_its_error(ray_cluster, poison, tmp_path):
+    output, source = tmp_path / "out", tmp_path / "rows.jsonl"
+    rows = [{"text": f"第{number}条评论很好"} for number in range(1000)]
+    rows[700] = {"text": poison}
+    source.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    spec = make_spec(
+        output,
+        source,
+        input={"rows_per_unit": 256},
+        prompt={"template": "{{ text }}", "chat": False},
+        sampling={"max_tokens": 1},
+        engine={"max_num_seqs": 64},
+    )
+    result = run_job(spec)
+    assert (result.counts.num_ok, result.counts.num_error) == (999, 1)
+    assert result.num_replicas_lost <= 5, "four, and one more if its unit was copied meanwhile"
+    assert result.num_attempts <= 12
+    assert len(parts(output)) == 4
+    errors = [(row["row_id"], row["error"]) for row in read_rows(output) if row["error"]]
+    assert [(row_id, error["type"], error["stage"]) for row_id, error in errors] == [
+        ("0:700", "WORKER_CRASH", "crash")
+    ]
+
+
+def test_while_it_waits_for_nodes_it_keeps_its_lease_and_hears_a_stop(ray_cluster, tmp_path):
+    output = tmp_path / "out"
+    spec = make_spec(output, cluster={"gpus_per_replica": 64, "start_timeout_s": 60})
+    asked = []
+
+    def should_stop():
+        asked.append(next(output.glob("__b2batch/*/heartbeat.json"), None))
+        return len(asked) > 3
+
+    with pytest.raises(Drained, match="while it waited for nodes"):
+        run_job(spec, RunOptions(should_stop=should_stop))
+    assert asked[-1] is not None
+    status = json.loads(next(output.glob("__b2batch/*/status.json")).read_text())
+    assert (status["state"], status["exit_code"]) == ("drained", 75)
+
+
 def test_a_drained_run_goes_on_where_it_stopped(ray_cluster, calm, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(Drained):

@@ -28,6 +28,9 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
     if view.num_replicas:
         yield "speed", f"{view.rows_per_s:.1f} rows/s on {plural(view.num_replicas, 'replica')}"
+    troubles = list(_troubles(view))
+    if troubles:
+        yield "troubles", ", ".join(troubles)
     if view.started:
         yield "time", f"started {view.started}, last news {view.updated}"
     yield from _failure_facts(view)
@@ -51,6 +54,16 @@ def _shares(view: Overview) -> str:
     if view.num_skipped_blank:
         parts.append(f"{plural(view.num_skipped_blank, 'blank line')} left out")
     return ", ".join(parts)
+
+
+def _troubles(view: Overview) -> Iterator[str]:
+    """What was lost and made good, in the last start of the driver."""
+    if view.num_replicas_lost:
+        yield f"{plural(view.num_replicas_lost, 'replica')} lost"
+    if view.num_rows_again:
+        yield f"up to {plural(view.num_rows_again, 'row')} computed again"
+    if view.num_out_of_memory:
+        yield f"out of memory {plural(view.num_out_of_memory, 'time')}: lower engine.max_num_seqs"
 
 
 def _failure_facts(view: Overview) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -79,7 +80,7 @@ def run(
 
 
 def _drive(spec: JobSpec, options: RunOptions, verbose: bool) -> JobResult:
-    """Run the job with its progress on stderr and both stop signals handled."""
+    """Run the job with its progress on stderr and stop signals handled."""
     from rich.console import Console
 
     from b2batch.cli.progress import open_view
@@ -89,7 +90,8 @@ def _drive(spec: JobSpec, options: RunOptions, verbose: bool) -> JobResult:
 
     console = Console(stderr=True)
     setup_logging(logging.DEBUG if verbose else logging.INFO, console=console)
-    with open_view(console) as view, StopSignals(view.say) as stop:
+    # Ray tells of lost workers on stdout, which is for what programs read.
+    with redirect_stdout(sys.stderr), open_view(console) as view, StopSignals(view.say) as stop:
         hooked = replace(
             options,
             on_progress=view.update,

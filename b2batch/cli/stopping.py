@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the run to drain, the second ends it."""
+"""SIGINT, SIGTERM, and Slurm's SIGUSR1: the first asks the run to drain, the second ends it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _FORCED = 128
 
 
 class StopSignals:
-    """Handles both signals while its context is open; for the main thread.
+    """Handles the signals while its context is open; for the main thread.
 
     The first signal makes ``is_asked`` true and is told through ``say``. The second raises SystemExit
     in the main thread, which releases the lease on its way and leaves the context with 128 + signal;
@@ -54,7 +54,12 @@ class StopSignals:
                 "cluster.drain_grace_s, and the same command goes on later. Once more ends at once."
             )
         elif self._num_received == 2:
-            self._forced_code = _FORCED + number
+            self._forced_code = _code_of(number)
             raise SystemExit(self._forced_code)
         else:
-            os._exit(_FORCED + number)
+            os._exit(_code_of(number))
+
+
+def _code_of(number: int) -> int:
+    """As a shell reports the signal; SIGUSR1 stands for the SIGTERM that Slurm sends after it."""
+    return _FORCED + (signal.SIGTERM if number == signal.SIGUSR1 else number)

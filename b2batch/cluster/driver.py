@@ -31,7 +31,7 @@ from b2batch.telemetry import Progress
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_BEAT_S = 10.0
+_BEAT_S = 1.0
 _PROGRESS_S = 1.0
 _CLOSE_GRACE_S = 5.0
 
@@ -75,7 +75,7 @@ class RunHooks:
         find_committed: the counts of a unit's part when the store has it, else None. Called on
             another thread. An OSError counts as None: the commit itself is what decides.
         on_progress: called about once a second and once at the end.
-        on_beat: renews the lease of the output, about every 10 s; Fenced ends the run.
+        on_beat: about once a second: renews the lease of the output when it is time; Fenced ends the run.
         should_stop: True asks the run to drain.
     """
 

@@ -73,14 +73,23 @@ class Cluster:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in resources]
 
-    def place(self, spec: ClusterSpec, device: str, num_units: int) -> Placement:
+    def place(
+        self, spec: ClusterSpec, device: str, num_units: int, while_waiting: Callable[[], None]
+    ) -> Placement:
         """The replicas this cluster carries; waits for nodes up to ``spec.start_timeout_s``.
+
+        ``while_waiting`` is called every second of it; what it raises ends the wait.
 
         Raises:
             ClusterError: no node is large enough for one replica.
         """
+
+        def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+            while_waiting()
+
         timeout_s = 0.0 if self.is_own else spec.start_timeout_s  # nobody adds nodes to our own
-        return wait_for_placement(self.nodes, spec, device, num_units, timeout_s, time.monotonic, time.sleep)
+        return wait_for_placement(self.nodes, spec, device, num_units, timeout_s, time.monotonic, sleep)
 
 
 @contextmanager

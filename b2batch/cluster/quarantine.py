@@ -37,6 +37,7 @@ class Quarantine:
         self._cleared: Piece = ()
         self._deaths_alone: Counter[int] = Counter()
         self._num_blind_deaths = 0
+        self._is_running = False
         self._num_begun = 0  # pieces of the attempt under way
 
     @property
@@ -51,6 +52,7 @@ class Quarantine:
 
     def begin(self) -> Caution:
         """How the next attempt is to be made."""
+        self._is_running = True
         self._num_begun = 0
         return Caution(tuple(self._condemned), tuple(self._pieces))
 
@@ -61,7 +63,12 @@ class Quarantine:
         return survived
 
     def on_death(self, detail: str) -> None:
-        """The attempt took its replica down; ``detail`` is what is known of the death."""
+        """The attempt took its replica down; ``detail`` is what is known of the death.
+
+        Nothing follows when it was a copy, begun before the search.
+        """
+        if not self._is_running:
+            return
         culprit = self._settle()
         if culprit is None:
             self._num_blind_deaths += 1
@@ -86,7 +93,7 @@ class Quarantine:
     def _settle(self) -> Piece | None:
         """Clear what the attempt survived; the piece that was running is taken out and returned."""
         pieces, num_begun = self._pieces, self._num_begun
-        self._num_begun = 0
+        self._is_running, self._num_begun = False, 0
         if num_begun == 0:
             return None
         survived, culprit = pieces[: num_begun - 1], pieces[num_begun - 1]

@@ -45,6 +45,9 @@ class Overview:
     num_units_committed: int = 0
     num_replicas: int = 0
     rows_per_s: float = 0.0
+    num_replicas_lost: int = 0
+    num_rows_again: int = 0
+    num_out_of_memory: int = 0
     started: str = ""
     updated: str = ""
     silent_s: float = 0.0
@@ -96,6 +99,9 @@ def _of_status(store: Store, status: Status, now: datetime) -> Overview:
         num_units_committed=status.num_units_committed,
         num_replicas=status.num_replicas if is_running else 0,
         rows_per_s=status.rows_per_s,
+        num_replicas_lost=status.num_replicas_lost,
+        num_rows_again=status.num_rows_again,
+        num_out_of_memory=status.num_out_of_memory,
         started=status.started,
         updated=status.updated,
         silent_s=silent_s,

@@ -30,7 +30,9 @@ class RunState(StrEnum):
 class Status:
     """A run at one moment. ``exit_code`` is None while it runs; times are UTC, ISO 8601.
 
-    ``rows_per_s`` is the mean over this start of the driver, committed rows only.
+    ``rows_per_s`` is the mean over this start of the driver, committed rows only. ``num_rows_again`` are
+    the rows of units that this start began more than once (a lost replica, a failed attempt, a copy at
+    the end); ``num_out_of_memory`` the steps that were made again with half the batch.
     """
 
     run_id: str
@@ -45,6 +47,9 @@ class Status:
     exit_code: int | None = None
     reason: str = ""
     rows_per_s: float = 0.0
+    num_replicas_lost: int = 0
+    num_rows_again: int = 0
+    num_out_of_memory: int = 0
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:

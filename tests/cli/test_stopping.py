@@ -9,19 +9,22 @@ import pytest
 from b2batch.cli.stopping import StopSignals
 
 
-def test_the_first_signal_asks_and_says_so() -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_asks_and_says_so(first: signal.Signals) -> None:
     said: list[str] = []
 
     with StopSignals(said.append) as stop:
         assert not stop.is_asked()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(first)
 
         assert stop.is_asked()
     assert len(said) == 1
-    assert "SIGTERM: stopping" in said[0]
+    assert f"{first.name}: stopping" in said[0]
 
 
-@pytest.mark.parametrize(("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+)
 def test_the_second_signal_ends_with_its_code(second: signal.Signals, code: int) -> None:
     def run() -> None:
         with StopSignals(lambda text: None) as stop:

@@ -21,13 +21,13 @@ signal.signal(signal.SIGTERM, on_sigterm)
 told = {}
 with connect(ClusterSpec()) as cluster:
     told["is_own"] = cluster.is_own
-    told["replicas"] = cluster.place(ClusterSpec(), "cpu", 10**6).num_replicas
+    told["replicas"] = cluster.place(ClusterSpec(), "cpu", 10**6, print).num_replicas
     told["sigterm_kept"] = signal.getsignal(signal.SIGTERM) is on_sigterm
     told["children"] = open(f"/proc/self/task/{os.getpid()}/children").read().split()
     with connect(ClusterSpec()) as same:
         told["second_is_own"] = same.is_own
     try:
-        cluster.place(ClusterSpec(gpus_per_replica=64), "auto", 1)
+        cluster.place(ClusterSpec(gpus_per_replica=64), "auto", 1, print)
     except ClusterError as error:
         told["shortage"] = str(error)
 print(json.dumps(told))

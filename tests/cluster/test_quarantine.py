@@ -63,6 +63,14 @@ def test_an_interrupted_attempt_blames_nobody_and_keeps_what_was_cleared():
     assert pieces[-1] == tuple(range(64)), "what survived is run in one go, at the end"
 
 
+def test_the_death_of_a_copy_begun_before_the_search_is_part_of_the_first():
+    quarantine = Quarantine(64)
+    for _ in range(5):
+        quarantine.on_death("signal 11")
+    assert not quarantine.is_hopeless
+    assert len(quarantine.begin().pieces) == 8
+
+
 def test_deaths_before_any_piece_are_nobodys():
     quarantine = Quarantine(4)
     for _ in range(2):
