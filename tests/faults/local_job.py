@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, parse_spec
 from b2batch.worker import WorkerArgs
 
-from .process_fleet import ProcessFleet, ReplicaPlan
+from .process_fleet import ProcessFleet, ReplicaPlan, Stray
 
 NUM_ROWS = 24
-NO_PLAN: dict[int, ReplicaPlan] = {}
+NUM_REPLICAS = 2
 
 
 def make_spec(output: Path, **sections: dict[str, Any]) -> JobSpec:
@@ -37,23 +38,30 @@ def make_spec(output: Path, **sections: dict[str, Any]) -> JobSpec:
     return parse_spec(document)
 
 
+@dataclass(frozen=True)
+class LocalRun:
+    """A finished run, and the replicas that are out of reach and may still commit."""
+
+    totals: RunTotals
+    strays: list[Stray]
+
+
 def run_locally(
     spec: JobSpec,
     plan_of: Callable[[int], ReplicaPlan] = lambda replica_id: ReplicaPlan(),
-    num_replicas: int = 2,
-    **policy: Any,
-) -> RunTotals:
+    on_lost: Callable[[], None] = lambda: None,
+) -> LocalRun:
     """Run or resume the job to ``_SUCCESS``; replicas suffer what ``plan_of`` says of their ids."""
     job = prepare_job(spec)
-    directory = RunDirectory.open(
-        open_store(spec.output.path, job.record.run_id), job.record, job.plan.to_bytes()
-    )
+    store = open_store(spec.output.path, job.record.run_id)
+    directory = RunDirectory.open(store, job.record, job.plan.to_bytes())
     with directory.take_epoch() as epoch:
         committed = directory.committed_units(job.plan.units)
+        fleet = ProcessFleet(worker_args(job, directory, epoch.number), plan_of, on_lost)
         totals = run_units(
             [unit for unit in job.plan.units if unit.index not in committed],
-            ProcessFleet(worker_args(job, directory, epoch.number), plan_of),
-            DispatchPolicy(num_replicas=num_replicas, start_timeout_s=120.0, **policy),
+            fleet,
+            DispatchPolicy(num_replicas=NUM_REPLICAS, start_timeout_s=120.0),
             RunHooks(
                 find_committed=lambda unit: _find_committed(directory, unit),
                 on_progress=lambda progress: None,
@@ -63,7 +71,7 @@ def run_locally(
             drain_grace_s=0.0,
         )
         finalise(directory, job.plan.units, job.schema, num_skipped_blank=0, max_error_rate=0.0)
-    return totals
+    return LocalRun(totals, fleet.strays)
 
 
 def worker_args(job: PreparedJob, directory: RunDirectory, epoch: int) -> WorkerArgs:

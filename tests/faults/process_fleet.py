@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from b2batch import failpoints
 from b2batch.cluster.fleet import Answer, FleetEvent, Lost
 from b2batch.cluster.policy import Loss
-from b2batch.cluster.replica import Order, Replica
+from b2batch.cluster.replica import Order, Replica, ReplicaState
+from b2batch.rows import UnitReport
 from b2batch.worker import WorkerArgs, make_worker
 
 from .mutants import planted
@@ -44,6 +48,31 @@ def serve(connection: Connection, args: WorkerArgs, plan: ReplicaPlan) -> None:
 
 
 @dataclass
+class Stray:
+    """A replica that cannot be reached any more, and goes on one day."""
+
+    process: BaseProcess
+    connection: Connection
+    num_known: int
+    is_polled: bool
+
+    def go_on(self) -> list[UnitReport]:
+        """Continue it; what it has to say about its units."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+        reports: list[UnitReport] = []
+        while not reports:
+            if not self.is_polled:
+                self.connection.send((self.num_known, ()))
+            update = self.connection.recv()
+            assert update.state is not ReplicaState.FAILED, update.error
+            reports = [item for item in update.news if isinstance(item, UnitReport)]
+            self.num_known, self.is_polled = update.num_news, False
+        self.process.kill()
+        return reports
+
+
+@dataclass
 class _Member:
     process: BaseProcess
     connection: Connection
@@ -53,11 +82,17 @@ class _Member:
 
 
 class ProcessFleet:
-    """A Fleet of processes. ``plan_of`` says what each replica is to suffer, by its id."""
+    """A Fleet of processes. One that is stopped counts as out of reach: its node is told to be lost.
 
-    def __init__(self, args: WorkerArgs, plan_of: Callable[[int], ReplicaPlan]) -> None:
-        self._args, self._plan_of = args, plan_of
+    ``plan_of`` says what each replica is to suffer, by its id; ``on_lost`` is called after each loss.
+    """
+
+    def __init__(
+        self, args: WorkerArgs, plan_of: Callable[[int], ReplicaPlan], on_lost: Callable[[], None]
+    ) -> None:
+        self._args, self._plan_of, self._on_lost = args, plan_of, on_lost
         self._members: dict[int, _Member] = {}
+        self.strays: list[Stray] = []
 
     def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         ours, theirs = FORKS.Pipe()
@@ -77,17 +112,19 @@ class ProcessFleet:
             member.process.kill()
             member.process.join()
 
-    def pid(self, replica_id: int) -> int:
-        pid = self._members[replica_id].process.pid
-        assert pid is not None
-        return pid
-
     def wait(self, timeout_s: float) -> list[FleetEvent]:
+        stopped = [key for key, member in self._members.items() if _is_stopped(member.process)]
+        if stopped:
+            return [self._lose_sight(replica_id) for replica_id in stopped]
         for member in self._members.values():
             if not member.is_polled:
                 self._poll(member)
         ids: dict[Any, int] = {member.connection: key for key, member in self._members.items()}
         return [self._receive(ids[connection]) for connection in wait(list(ids), timeout_s)]
+
+    def close(self, grace_s: float) -> None:
+        for replica_id in list(self._members):
+            self.kill(replica_id)
 
     def _poll(self, member: _Member) -> None:
         with contextlib.suppress(BrokenPipeError):  # its end is told by the answer that does not come
@@ -102,10 +139,18 @@ class ProcessFleet:
             update = member.connection.recv()
         except (EOFError, ConnectionResetError):
             self.kill(replica_id)
+            self._on_lost()
             return Lost(replica_id, Loss.CRASH, f"exit code {member.process.exitcode}")
         member.num_known = update.num_news
         return Answer(replica_id, update)
 
-    def close(self, grace_s: float) -> None:
-        for replica_id in list(self._members):
-            self.kill(replica_id)
+    def _lose_sight(self, replica_id: int) -> FleetEvent:
+        member = self._members.pop(replica_id)
+        self.strays.append(Stray(member.process, member.connection, member.num_known, member.is_polled))
+        self._on_lost()
+        return Lost(replica_id, Loss.NODE, "out of reach")
+
+
+def _is_stopped(process: BaseProcess) -> bool:
+    stat = Path(f"/proc/{process.pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"

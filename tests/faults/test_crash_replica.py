@@ -5,42 +5,77 @@ The driver's own steps F1-F3 and F7-F13 are in ``tests/outputs/test_crash.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
+from b2batch.bench.invariants import OutputWatch, Row, check_finished, read_rows
+from b2batch.errors import B2BatchError
 from b2batch.proof import verify_output
 
 from .local_job import NUM_ROWS, make_spec, run_locally
+from .mutants import MUTANTS, planted
 from .process_fleet import ReplicaPlan
 
 pytestmark = pytest.mark.slow
-WELL = ReplicaPlan()
 
-
-def read_rows(output: Path) -> list[dict[str, object]]:
-    rows = [row for part in sorted(output.glob("part-*")) for row in pq.read_table(part).to_pylist()]
-    return sorted(rows, key=lambda row: int(str(row["row_id"]).partition(":")[2]))
+DIRECTED = {  # where a replica must suffer so that the bug shows
+    "write in place": "F7:kill",
+    "marker before data": "F9:kill",
+    "attempt-unique names": "F6:stop",
+}
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Row]:
     output = tmp_path_factory.mktemp("calm")
     run_locally(make_spec(output))
     return read_rows(output)
 
 
-def suffer_first(plan: ReplicaPlan):
-    """The first replica suffers; those after it are well."""
-    return lambda replica_id: plan if replica_id == 0 else ReplicaPlan(mutant=plan.mutant)
+def suffer_first(failpoint: str, mutant: str = "") -> Callable[[int], ReplicaPlan]:
+    """The first replica suffers; all have the same bug."""
+    return lambda replica_id: ReplicaPlan(failpoint if replica_id == 0 else "", mutant)
 
 
-@pytest.mark.parametrize("failpoint", ["F4", "F4:2", "F5", "F6", "F7", "F8", "F9"])
+def find_violations(output: Path, calm: Sequence[Row], failpoint: str, mutant: str) -> list[str]:
+    """What a reader finds wrong while and after a replica suffers; strays go on when the run has ended."""
+    watch, problems = OutputWatch(output), []
+    try:
+        with planted(mutant):
+            run = run_locally(
+                make_spec(output), suffer_first(failpoint, mutant), lambda: problems.extend(watch.look())
+            )
+    except (B2BatchError, OSError) as error:
+        return [*problems, str(error)]
+    for stray in run.strays:
+        stray.go_on()
+    return [*problems, *watch.look(), *check_finished(output, calm)]
+
+
+@pytest.mark.parametrize("failpoint", ["F4:kill", "F4:kill:2", "F5:kill", "F6:kill", "F7:kill", "F8:kill"])
 def test_a_replica_killed_at_any_step_costs_work_and_no_row(tmp_path: Path, calm, failpoint: str) -> None:
-    name, _, passing = failpoint.partition(":")
-    plan = ReplicaPlan(f"{name}:kill" + (f":{passing}" if passing else ""))
-    totals = run_locally(make_spec(tmp_path), suffer_first(plan))
-    assert (totals.num_replicas_lost, totals.counts.num_ok) == (1, NUM_ROWS)
-    assert read_rows(tmp_path) == calm
+    assert find_violations(tmp_path, calm, failpoint, mutant="") == []
     assert verify_output(str(tmp_path)).problems == ()
+
+
+def test_a_unit_that_was_committed_before_the_kill_is_not_computed_again(tmp_path: Path, calm) -> None:
+    run = run_locally(make_spec(tmp_path), suffer_first("F9:kill"))
+    assert (run.totals.num_replicas_lost, run.totals.counts.num_ok) == (1, NUM_ROWS)
+    assert check_finished(tmp_path, calm) == []
+
+
+def test_the_commit_of_a_late_zombie_loses(tmp_path: Path, calm) -> None:
+    run = run_locally(make_spec(tmp_path), suffer_first("F6:stop"))
+    watch = OutputWatch(tmp_path)
+    watch.look()
+    [zombie] = run.strays
+    [report, *_] = zombie.go_on()
+    assert not report.newly_committed
+    assert [*watch.look(), *check_finished(tmp_path, calm)] == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_planted_bug_is_found(tmp_path: Path, calm, mutant: str) -> None:
+    assert find_violations(tmp_path, calm, DIRECTED[mutant], mutant)
