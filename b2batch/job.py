@@ -431,11 +431,11 @@ def _refuse_own_output(spec: JobSpec, plan: Plan) -> None:
 
 
 def _with_absolute_model(spec: JobSpec) -> JobSpec:
-    """A relative model path means the driver's directory, not a replica's."""
-    path = Path(spec.model.model).expanduser()
-    if not path.is_dir():
-        return spec
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"model": str(path.absolute())})})
+    """A relative path of a model or an adapter means the driver's directory, not a replica's."""
+    names = {"model": spec.model.model, "adapter": spec.model.adapter}
+    paths = {key: Path(name).expanduser() for key, name in names.items() if name is not None}
+    local = {key: str(path.absolute()) for key, path in paths.items() if path.is_dir()}
+    return spec.model_copy(update={"model": spec.model.model_copy(update=local)})
 
 
 def _provenance(spec: JobSpec, checkpoint: Checkpoint) -> dict[str, Any]:

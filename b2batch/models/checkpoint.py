@@ -18,6 +18,7 @@ from typing import Any
 
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import ModelError
+from b2batch.models.adapter import Adapter, check_adapter
 from b2batch.spec import ModelSpec, resolve_env
 
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
@@ -39,6 +40,7 @@ class Checkpoint:
     is_local: bool
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
+    adapter: Adapter | None = None
 
     @property
     def model_type(self) -> str:
@@ -67,7 +69,7 @@ class Checkpoint:
         return "nf4" if is_4bit else "int8"
 
     def digest(self) -> str:
-        """sha256 of what makes the answers: configs, tokenizer and weights.
+        """sha256 of what makes the answers: configs, tokenizer, weights and the adapter.
 
         A hub's weights count by the revision, which the hub keeps; local ones by their content.
         """
@@ -75,6 +77,8 @@ class Checkpoint:
         patterns = _SMALL_FILES + _WEIGHT_FILES if self.is_local else _SMALL_FILES
         for name, digest in _digests(self.directory, patterns).items():
             total.update(f"{name}\0{digest}\n".encode())
+        if self.adapter is not None:
+            total.update(f"adapter\0{self.adapter.digest()}\n".encode())
         return total.hexdigest()
 
     def weight_digests(self) -> dict[str, str]:
@@ -102,7 +106,18 @@ def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
     if weights or is_local:
         _check_shards(directory)
     generation_config = read_json(directory / "generation_config.json") or {}
-    return Checkpoint(directory, source, is_local, config, generation_config)
+    return Checkpoint(directory, source, is_local, config, generation_config, _open_adapter(spec))
+
+
+def _open_adapter(spec: ModelSpec) -> Adapter | None:
+    if spec.adapter is None:
+        return None
+    name, base_name = resolve_env(spec.adapter), resolve_env(spec.model)
+    directory, source, _ = _locate(name, None, True, "model.adapter")
+    config = read_json(directory / "adapter_config.json")
+    if config is None:
+        raise ModelError(f"model.adapter: {directory} holds no adapter_config.json, so it is no adapter")
+    return check_adapter(Adapter(directory, source, config), base_name)
 
 
 def _check_shards(directory: Path) -> None:
@@ -118,11 +133,13 @@ def _check_shards(directory: Path) -> None:
                 raise ModelError(f"{path}: names the shard {shard}, which is not there")
 
 
-def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str, bool]:
+def _locate(
+    name: str, revision: str | None, weights: bool, field: str = "model.model"
+) -> tuple[Path, str, bool]:
     if name in EMBEDDED_MODELS:
         return EMBEDDED_MODELS[name], name, True
     if name.startswith("ms://"):
-        directory = _from_modelscope(name.removeprefix("ms://"), revision, weights)
+        directory = _from_modelscope(name.removeprefix("ms://"), revision, weights, field)
         return directory, f"{name}@{revision or 'master'}", False
     path = Path(name).expanduser()
     if path.is_dir():
@@ -130,14 +147,14 @@ def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str, 
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         embedded = ", ".join(sorted(EMBEDDED_MODELS))
         raise ModelError(
-            f"model.model: {name!r} is not a directory here, and not a hub id (owner/name), "
+            f"{field}: {name!r} is not a directory here, and not a hub id (owner/name), "
             f"a ms://owner/name or an embedded model ({embedded})"
         )
-    directory = _from_huggingface(name, revision, weights)
+    directory = _from_huggingface(name, revision, weights, field)
     return directory, f"{name}@{directory.name}", False  # a snapshot's directory is named by its commit
 
 
-def _from_huggingface(name: str, revision: str | None, weights: bool) -> Path:
+def _from_huggingface(name: str, revision: str | None, weights: bool, field: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -146,24 +163,24 @@ def _from_huggingface(name: str, revision: str | None, weights: bool) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model.model: {name!r} (revision {revision or 'main'}) is no local directory and cannot be had "
+            f"{field}: {name!r} (revision {revision or 'main'}) is no local directory and cannot be had "
             f"from the Hugging Face hub: {_first_line(error)}"
         ) from error
 
 
-def _from_modelscope(name: str, revision: str | None, weights: bool) -> Path:
+def _from_modelscope(name: str, revision: str | None, weights: bool, field: str) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
         raise ModelError(
-            "model.model: ms:// needs the modelscope package: pip install 'b2batch[modelscope]'"
+            f"{field}: ms:// needs the modelscope package: pip install 'b2batch[modelscope]'"
         ) from error
     patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision, allow_file_pattern=patterns))
     except Exception as error:  # modelscope raises bare exceptions of many kinds
         raise ModelError(
-            f"model.model: ms://{name} (revision {revision or 'master'}) cannot be had from ModelScope: "
+            f"{field}: ms://{name} (revision {revision or 'master'}) cannot be had from ModelScope: "
             f"{_first_line(error)}"
         ) from error
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from b2batch.errors import ModelError, SpecError
 from b2batch.models import quantized
+from b2batch.models.adapter import apply_adapter
 from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM, wide_linear
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
@@ -113,6 +114,9 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     family = family_of(checkpoint)
     codec = family.codec(checkpoint, spec)
     model = read_model(spec, checkpoint, family.config_overrides(checkpoint, spec))
+    if checkpoint.adapter is not None:
+        dtype, is_quantized = model.dtype, pick_quantization(spec, checkpoint) is not None
+        model = _in_dtype(apply_adapter(model, checkpoint.adapter, merge=not is_quantized), dtype)
     if not model._supports_attention_backend:
         raise ModelError(
             f"{checkpoint.source}: {type(model).__name__} does not go through transformers' attention "
