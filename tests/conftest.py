@@ -61,6 +61,11 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         )  # the replicas unpickle fake_worker
         patch.setenv("B2BATCH_POISON", POISON)
         patch.delenv("RAY_ADDRESS", raising=False)
+        # A run needs no network, and what the environment holds must show up nowhere.
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+        patch.setenv("B2_TEST_SECRET", str(tmp_path_factory.mktemp("canary")))
+        patch.setenv("HF_TOKEN", "hf_canary")
         ray.init(
             address="local",
             num_cpus=4,
