@@ -95,7 +95,6 @@ class ModelSpec(_Section):
         default="auto", description="what nf4 layers compute in"
     )
     adapter: str | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
-    adapter: str | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
     position: Literal["auto", "rope", "alibi"] = "auto"
