@@ -19,6 +19,7 @@ from b2batch.bench.prompts import make_rows, read_rows
 from b2batch.bench.record import Comparison, RunRecord, Spread
 from b2batch.bench.workload import (
     DriverWorkload,
+    FaultsWorkload,
     StepsWorkload,
     Workload,
 )
@@ -84,6 +85,11 @@ def run_bench(name: str, workload: Workload, options: BenchOptions) -> BenchResu
     environment = Environment.here()
     if isinstance(workload, DriverWorkload):
         measurements = _measure_driver(workload, options)
+        return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
+    if isinstance(workload, FaultsWorkload):
+        from b2batch.bench.faults import measure_faults  # imports Ray
+
+        measurements = measure_faults(workload, options.on_progress)
         return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
     dtype = _DTYPES[options.device] if workload.dtype == "auto" else workload.dtype
     model = options.model or workload.model

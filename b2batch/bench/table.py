@@ -118,6 +118,26 @@ def driver_table(measurements: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def faults_tables(measurements: Mapping[str, Any], title: str) -> list[Table]:
+    """How often each fault came and how soon new rows came after it; then the account of the rows."""
+    faults = _points_table(
+        f"{title}: {measurements['num_faults']} faults", ("fault", "times", "p50 s", "p95 s")
+    )
+    for kind, times in measurements["faults"].items():
+        recovery = measurements["recovery_s"].get(kind, {})
+        faults.add_row(kind, str(times), *(f"{recovery[p]:.1f}" if recovery else "" for p in ("p50", "p95")))
+    account = _points_table(f"{title}: {len(measurements['violations'])} violations", ("what", "figure"))
+    for what in ("num_runs", "num_driver_starts", "num_rows", "num_lost", "num_doubled", "num_differing"):
+        account.add_row(what.removeprefix("num_").replace("_", " "), f"{measurements[what]:,}")
+    account.add_row("rows generated again", f"{measurements['num_rows_again']:,}")
+    account.add_row("tokens generated again", f"{measurements['num_tokens_again']:,}")
+    account.add_row("driver memory, MB/min at most", f"{measurements['rss_slope_mb_per_min']:.2f}")
+    account.add_row("undisturbed run, s", f"{measurements['calm_s']:.0f}")
+    account.add_row("disturbed runs, s", f"{measurements['disturbed_s']:.0f}")
+    account.add_row("exit codes", ", ".join(f"{k}: {v}" for k, v in measurements["exit_codes"].items()))
+    return [faults, account]
+
+
 def tables(record: RunRecord, comparison: Comparison | None) -> list[Table]:
     """All tables of a run."""
     busy = f"; BUSY machine (load {record.environment.load_before})" if record.environment.was_busy else ""
@@ -127,4 +147,6 @@ def tables(record: RunRecord, comparison: Comparison | None) -> list[Table]:
         return [comparison_table(comparison, title)]
     if record.workload["kind"] == "driver":
         return [driver_table(record.measurements, f"{record.name}{busy}")]
+    if record.workload["kind"] == "faults":
+        return faults_tables(record.measurements, f"{record.name}, seed {record.workload['seed']}{busy}")
     return steps_tables(record.measurements, f"{record.name}: {record.model}, {record.dtype}{busy}")

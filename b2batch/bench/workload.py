@@ -119,8 +119,22 @@ class DriverWorkload(_Workload):
     ray_s: float = Field(default=30.0, ge=0, description="of the loop over real Ray calls; 0: leave it out")
 
 
+class FaultsWorkload(_Workload):
+    """Jobs on the embedded model under random faults; ``seed`` decides the jobs and the faults."""
+
+    kind: Literal["faults"]
+    minutes: float = Field(gt=0, description="of faults; the last job is then brought to its end")
+    seed: int = Field(ge=0)
+    rows: int = Field(ge=1, description="of each job")
+    rows_per_unit: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    mean_gap_s: float = Field(gt=1.0, description="between two faults")
+    patience_s: float = Field(ge=0.0, description="longer to wait when no new rows came since the last one")
+
+
 Workload = Annotated[
-    GenerateWorkload | ScoreWorkload | StepsWorkload | DriverWorkload, Field(discriminator="kind")
+    GenerateWorkload | ScoreWorkload | StepsWorkload | DriverWorkload | FaultsWorkload,
+    Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[Workload] = TypeAdapter(Workload)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from b2batch.cli.options import Json, Set, Verbose, log_to_stderr
 from b2batch.cli.printing import print_facts, print_json
+from b2batch.errors import MeasurementFailed
+
+if TYPE_CHECKING:
+    from b2batch.bench.record import RunRecord
 
 _DEFAULTS = {
     "cpu": ["label", "score"],
@@ -36,6 +40,8 @@ def bench(
     peers: Annotated[
         str, typer.Option(metavar="A,B,…", help="Replaces the workload's peers; names are in the docs.")
     ] = "",
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Of faults (b2batch bench faults).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the workload's seed.")] = None,
     vllm_python: Annotated[str, typer.Option(metavar="PYTHON", help="An interpreter that has vllm.")] = "",
     gguf: Annotated[str, typer.Option(metavar="FILE", help="The model's weights for llama.cpp.")] = "",
     out: Annotated[
@@ -48,7 +54,10 @@ def bench(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure the engine beside its peers, or the driver at scale (b2batch bench driver)."""
+    """Measure the engine beside its peers, or the driver at scale (driver), or let jobs suffer (faults).
+
+    ``faults`` ends with 1 when a row was lost or doubled, or anything else that is promised did not hold.
+    """
     log_to_stderr(verbose)
     from b2batch.bench.bench import BenchOptions, run_bench
     from b2batch.bench.comparison import Tools
@@ -60,7 +69,8 @@ def bench(
         return
     if plot is not None:
         require_plotly()
-    chosen = [*(overrides or ()), *_as_overrides(repeats, peers)]
+    given = {"repeats": repeats, "peers": f"[{peers}]" if peers else None, "minutes": minutes, "seed": seed}
+    chosen = [*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
     loaded = [(Path(name).stem, load_workload(name, chosen)) for name in workloads or _DEFAULTS[device]]
     options = BenchOptions(
         device=device,
@@ -81,11 +91,13 @@ def bench(
             print_json(result.record)
         else:
             _print_tables(result)
+        _refuse_violations(result.record)
 
 
-def _as_overrides(repeats: int | None, peers: str) -> list[str]:
-    given = [f"repeats={repeats}"] if repeats is not None else []
-    return given + ([f"peers=[{peers}]"] if peers else [])
+def _refuse_violations(record: RunRecord) -> None:
+    violations = record.measurements.get("violations", [])
+    if violations:
+        raise MeasurementFailed("\n".join([f"{len(violations)} violations:", *violations[:20]]))
 
 
 def _print_tables(result: object) -> None:

@@ -1,0 +1,75 @@
+"""``python -m b2batch.bench.fault_driver SCRATCH VERB …``: b2batch with a store that fails on command.
+
+The command is the real one, and so are driver, replicas and model; only the local store obeys the switch in
+SCRATCH, and each replica notes there what it has generated, so that work done twice can be counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from b2batch import failpoints, worker
+from b2batch.bench.fault_scratch import ledger_in, switch_in
+from b2batch.worker import WorkerArgs
+
+_make_worker = worker.make_worker
+
+
+@dataclass(frozen=True, slots=True)
+class CountedWorkers:
+    """Makes the workers of a run. ``failpoint``, if set, is what the first one of them suffers."""
+
+    scratch: Path
+    failpoint: str = ""
+
+    def __call__(self, args: WorkerArgs) -> Any:
+        """Plant and make one, in the replica's process."""
+        switch_in(self.scratch).plant()
+        if self.failpoint and _is_first(self.scratch / "failpoint-taken"):
+            failpoints.arm(self.failpoint)
+        return _CountedWorker(_make_worker(args), ledger_in(self.scratch, os.getpid()))
+
+
+class _CountedWorker:
+    """A worker that notes its progress after each step."""
+
+    def __init__(self, inner: Any, path: Path) -> None:
+        self._inner, self._path = inner, path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def step(self) -> Any:
+        reports = self._inner.step()
+        done = self._inner.progress()
+        self._path.write_text(json.dumps([done.num_rows, done.num_generated_tokens]))
+        return reports
+
+
+def _is_first(token: Path) -> bool:
+    try:
+        token.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Plant, then be ``b2batch``."""
+    scratch = Path(sys.argv[1])
+    switch_in(scratch).plant()
+    worker.make_worker = CountedWorkers(scratch, os.environ.get("FAULT_FAILPOINT", ""))
+    sys.argv = ["b2batch", *sys.argv[2:]]
+    runpy.run_module("b2batch", run_name="__main__")
+
+
+if __name__ == "__main__":
+    from b2batch.bench import fault_driver
+
+    fault_driver.main()  # as a module of the package: what it makes is unpickled elsewhere
