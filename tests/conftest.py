@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:  # torch is for the tests that ask for these fixtures
     from b2batch.models.loading import LoadedModel
 
 POISON = "☠ this row ends the process ☠"  # on ray_cluster
+
+if not Path("/dev/nvidiactl").exists():  # without a GPU its kernels run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
 @pytest.fixture(scope="session")
