@@ -26,7 +26,7 @@ Limit = Annotated[int | None, typer.Option("-n", "--limit", metavar="N", help="T
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log more, to stderr.")]
 Target = Annotated[
-    Path, typer.Argument(metavar="OUT|JOB.yaml", help="An output directory, or the job that made it.")
+    str, typer.Argument(metavar="OUT|JOB.yaml", help="An output directory, or the job that made it.")
 ]
 
 
@@ -49,15 +49,15 @@ def read_job(
     return load_spec(job or config or "", overrides or (), given)
 
 
-def is_job_file(target: Path) -> bool:
+def is_job_file(target: str) -> bool:
     """Whether an ``OUT|JOB.yaml`` argument names a job file."""
-    return target.suffix in (".yaml", ".yml") and not target.is_dir()
+    return target.endswith((".yaml", ".yml")) and not Path(target).is_dir()
 
 
-def output_path(target: Path) -> str:
+def output_path(target: str) -> str:
     """The output directory that an ``OUT|JOB.yaml`` argument means."""
     if not is_job_file(target):
-        return str(target)
+        return target
     from b2batch.job import open_output
     from b2batch.spec import load_spec
 

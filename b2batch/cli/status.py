@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from b2batch.cli.options import Json, Target, Verbose, is_job_file, log_to_stderr
@@ -26,7 +25,7 @@ def status(target: Target, as_json: Json = False, verbose: Verbose = False) -> N
         print_facts(overview_facts(view))
 
 
-def _open(target: Path) -> Store:
+def _open(target: str) -> Store:
     if is_job_file(target):
         from b2batch.job import open_output
         from b2batch.spec import load_spec
@@ -34,4 +33,4 @@ def _open(target: Path) -> Store:
         return open_output(load_spec(target))
     from b2batch.outputs.store import open_store
 
-    return open_store(str(target))
+    return open_store(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,14 +39,14 @@ def verify(
         raise typer.Exit(IntegrityError.exit_code)
 
 
-def _verify(target: Path, with_input: bool, repair: bool, quarantine: bool) -> VerifyReport:
+def _verify(target: str, with_input: bool, repair: bool, quarantine: bool) -> VerifyReport:
     from b2batch.proof import verify_job, verify_output
 
     if is_job_file(target):
         from b2batch.spec import load_spec
 
         return verify_job(load_spec(target), with_input=with_input, repair=repair, quarantine=quarantine)
-    return verify_output(str(target), with_input=with_input, repair=repair, quarantine=quarantine)
+    return verify_output(target, with_input=with_input, repair=repair, quarantine=quarantine)
 
 
 def _print(report: VerifyReport, with_input: bool) -> None:

@@ -106,7 +106,8 @@ def latest_generation(store: Store) -> Generation | None:
 
 def create_generation(store: Store, generation: Generation) -> bool:
     """Claim the directory for ``generation``; False when another driver was first."""
-    return store.put_if_absent(generation_key(generation.number), encode_document(asdict(generation)))
+    key, document = generation_key(generation.number), encode_document(asdict(generation))
+    return store.put_if_absent(key, document) or store.read(key) == document  # a lost reply is no lost race
 
 
 def erase_replaced(store: Store, generation: Generation, beat: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The process that took an epoch. ``host_id`` tells its boot and pid namespace; empty: unknown."""
+    """The process that took an epoch. ``host_id`` tells its boot and pid namespace; empty: unknown.
+
+    ``token`` is of this one taking: it tells a lost race from a won one whose reply was lost.
+    """
 
     host: str
     host_id: str
@@ -44,6 +48,7 @@ class Owner:
     pid_start: str
     job_id: str
     started: str
+    token: str = ""
 
     @classmethod
     def this_process(cls, job_id: str = "") -> Self:
@@ -55,6 +60,7 @@ class Owner:
             pid_start=_pid_start(os.getpid()) or "",
             job_id=job_id,
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            token=uuid.uuid4().hex,
         )
 
     @property
@@ -152,7 +158,8 @@ def take_epoch(store: Store, run8: str, job_id: str = "", takeover: bool = False
     owner = Owner.this_process(job_id)
     if not store.put_if_absent(keys.epoch(newest + 1), encode_document(asdict(owner))):
         winner = _read_owner(store, run8, newest + 1)
-        raise RunLocked(f"{store.uri}: another driver was a moment faster: {winner}")
+        if winner != owner:
+            raise RunLocked(f"{store.uri}: another driver was a moment faster: {winner}")
     failpoint("F3")
     epoch = Epoch(store, run8, newest + 1)
     epoch.beat()

@@ -2,7 +2,8 @@
 
 ``put_if_absent`` creates an object whole or not at all, and refuses when the name is taken. Everything
 else may be weak (a listing that is late, a reply that is lost). ``LocalStore`` builds it from a
-staged file, fsync and ``link(2)``, which refuses an existing name on local disks and on NFS.
+staged file, fsync and ``link(2)``, which refuses an existing name on local disks and on NFS;
+``s3_store`` from a conditional PUT.
 """
 
 from __future__ import annotations
@@ -107,11 +108,12 @@ def prove_exclusive_creation(store: Store) -> None:
     """Create one key twice; OutputError unless the second try is refused."""
     key = f"{META}/probe-{uuid.uuid4().hex}"
     try:
-        created = [store.put_if_absent(key, b"first"), store.put_if_absent(key, b"second")]
+        store.put_if_absent(key, b"first")  # False where only its reply was lost
+        was_refused = not store.put_if_absent(key, b"second")
         held = store.read(key) == b"first"
     finally:
         store.delete(key)
-    if created != [True, False] or not held:
+    if not was_refused or not held:
         raise OutputError(
             f"{store.uri}: this storage lets a second writer replace an existing object, "
             "so rows could be written twice; choose another output location"
@@ -306,14 +308,27 @@ def open_store(uri: str, run_id: str | None = None) -> Store:
         if run_id is None:
             raise OutputError(f"{uri}: which run is meant by {{run8}}? Give the directory itself")
         text = text.replace("{run8}", run_id[:8])
-    text = text.removeprefix("file://")
-    if "://" in text:
-        scheme = text.partition("://")[0]
+    staging = RunKeys(run_id[:8]).staging if run_id else None
+    scheme, mark, place = text.rpartition("://")
+    if not mark or scheme == "file":
+        return LocalStore(place, staging)
+    if scheme == "s3":
+        bucket, _, prefix = place.partition("/")
+        return _open_s3(bucket, prefix, staging)
+    raise OutputError(
+        f"output.path: {scheme}:// can be read from, not written to: no creation that refuses a second "
+        "writer was proved there; give s3://BUCKET/PREFIX, or a local or NFS path that every replica sees"
+    )
+
+
+def _open_s3(bucket: str, prefix: str, staging: str | None) -> Store:
+    try:  # not needed, and slow to import, where the output is a directory
+        from b2batch.outputs.s3_store import S3Store
+    except ImportError as error:
         raise OutputError(
-            f"output.path: {scheme}:// is not supported by this version; "
-            "give a local or NFS path that every replica sees"
-        )
-    return LocalStore(text, RunKeys(run_id[:8]).staging if run_id else None)
+            f"output.path: s3:// needs {error.name}: pip install 'b2batch[s3]', on every node"
+        ) from error
+    return S3Store(bucket, prefix, staging)
 
 
 def _make_directory(path: Path, mode: int = 0o775) -> None:

@@ -155,12 +155,12 @@ def drive(
     return num_generated, success
 
 
-def run_at(out: Path, *overrides: str, num_units: int = 4, **how: Any) -> tuple[int, Success]:
+def run_at(out: Path | str, *overrides: str, num_units: int = 4, **how: Any) -> tuple[int, Success]:
     spec, units = make_spec(*overrides), make_units(num_units)
     record = make_record(spec, units)
     return drive(open_store(str(out), record.run_id), spec, units, record=record, **how)
 
 
 if __name__ == "__main__":
-    generated, _ = run_at(Path(sys.argv[1]), *sys.argv[3:], overwrite="--overwrite" in sys.argv[2:3])
+    generated, _ = run_at(sys.argv[1], *sys.argv[3:], overwrite="--overwrite" in sys.argv[2:3])
     print(generated)
