@@ -159,11 +159,18 @@ def _end(node: Any) -> None:
 
 
 def _replicas_of(raylet: int) -> list[int]:
-    children: list[str] = []
-    for thread in Path(f"/proc/{raylet}/task").glob("*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            children += (thread / "children").read_text().split()
-    return sorted(int(pid) for pid in children if _title(int(pid)).startswith(_REPLICA_TITLE))
+    return [pid for pid in _all_pids() if _title(pid).startswith(_REPLICA_TITLE) and _parent(pid) == raylet]
+
+
+def _all_pids() -> list[int]:
+    return sorted(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it ended meanwhile
+        return 0
 
 
 def _title(pid: int) -> str:

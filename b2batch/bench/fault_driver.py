@@ -1,7 +1,8 @@
 """``python -m b2batch.bench.fault_driver SCRATCH VERB …``: b2batch with a store that fails on command.
 
 The command is the real one, and so are driver, replicas and model; only the local store obeys the switch in
-SCRATCH, and each replica notes there what it has generated, so that work done twice can be counted.
+SCRATCH, and each replica notes there what it has generated, so that work done twice can be counted. The first
+replica suffers what FAULT_FAILPOINT says, in the words of ``b2batch.failpoints``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from b2batch import failpoints, worker
-from b2batch.bench.fault_scratch import ledger_in, switch_in
+from b2batch.bench.fault_scratch import FAILPOINT_VARIABLE, ledger_in, switch_in, token_in
 from b2batch.worker import WorkerArgs
 
 _make_worker = worker.make_worker
@@ -31,7 +32,7 @@ class CountedWorkers:
     def __call__(self, args: WorkerArgs) -> Any:
         """Plant and make one, in the replica's process."""
         switch_in(self.scratch).plant()
-        if self.failpoint and _is_first(self.scratch / "failpoint-taken"):
+        if self.failpoint and _is_first(token_in(self.scratch)):
             failpoints.arm(self.failpoint)
         return _CountedWorker(_make_worker(args), ledger_in(self.scratch, os.getpid()))
 
@@ -53,8 +54,10 @@ class _CountedWorker:
 
 
 def _is_first(token: Path) -> bool:
+    """Whether no other process asked before; the token then holds this one's pid."""
     try:
-        token.touch(exist_ok=False)
+        with token.open("x") as file:
+            file.write(str(os.getpid()))
     except FileExistsError:
         return False
     return True
@@ -64,7 +67,7 @@ def main() -> None:
     """Plant, then be ``b2batch``."""
     scratch = Path(sys.argv[1])
     switch_in(scratch).plant()
-    worker.make_worker = CountedWorkers(scratch, os.environ.get("FAULT_FAILPOINT", ""))
+    worker.make_worker = CountedWorkers(scratch, os.environ.get(FAILPOINT_VARIABLE, ""))
     sys.argv = ["b2batch", *sys.argv[2:]]
     runpy.run_module("b2batch", run_name="__main__")
 

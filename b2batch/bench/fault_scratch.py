@@ -7,10 +7,17 @@ from pathlib import Path
 
 from b2batch.bench.flaky_store import StoreSwitch
 
+FAILPOINT_VARIABLE = "FAULT_FAILPOINT"
+
 
 def switch_in(scratch: Path) -> StoreSwitch:
     """The switch that all processes of a run obey."""
     return StoreSwitch(scratch / "store-fault")
+
+
+def token_in(scratch: Path) -> Path:
+    """Holds the pid of the replica that is to suffer at a failpoint."""
+    return scratch / "failpoint-taken"
 
 
 def ledger_in(scratch: Path, pid: int) -> Path:

@@ -65,7 +65,7 @@ def measure_faults(workload: FaultsWorkload, on_progress: Callable[[str], None])
     with _scratch() as scratch, FaultCluster(NUM_REPLICAS, scratch) as cluster:
         on_progress("faults: undisturbed run")
         started_s = time.monotonic()
-        expected = _run_calm(scratch, cluster, workload)
+        expected = run_calm(scratch, cluster, workload)
         calm_s = time.monotonic() - started_s
         tally = Tally()
         random, deadline_s = Random(workload.seed), time.monotonic() + 60 * workload.minutes
@@ -302,7 +302,12 @@ def _input(scratch: Path, num_rows: int) -> Path:
     return path
 
 
-def _run_calm(scratch: Path, cluster: FaultCluster, workload: FaultsWorkload) -> list[Row]:
+def run_calm(scratch: Path, cluster: FaultCluster, workload: FaultsWorkload) -> list[Row]:
+    """The rows of a run that nobody disturbs.
+
+    Raises:
+        MeasurementFailed: it did not end with 0.
+    """
     output = scratch / "calm"
     job = scratch / "calm.json"
     job.write_text(json.dumps(make_job(scratch, output, workload)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from b2batch import failpoints
 from b2batch.cluster.fleet import Answer, FleetEvent, Lost
@@ -29,10 +33,50 @@ FORKS.set_forkserver_preload(["b2batch.worker", "b2batch.cluster.driver"])
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """What a replica is to suffer: a failpoint at which it ends or stops, and a planted bug."""
+    """What a replica is to suffer: a failpoint at which it ends or stops, a planted bug, another end."""
 
     failpoint: str = ""
     mutant: str = ""
+    death: str = ""
+
+
+def _exhaust_memory() -> None:
+    """Less address space than there is, and a tensor that does not fit: what torch's allocator says."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    torch.ones(1 << 30)
+
+
+def _exit() -> None:
+    raise SystemExit(3)
+
+
+DEATHS: dict[str, Callable[[], object]] = {
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "segfault": lambda: ctypes.string_at(0),
+    "os._exit": lambda: os._exit(0),
+    "SystemExit": _exit,
+    "device-side assert": lambda: torch.embedding(torch.ones(2, 2), torch.tensor([7])),
+    "out of memory": _exhaust_memory,
+}
+
+
+class _DyingWorker:
+    """A worker whose first step with rows in it is the last thing that its process does."""
+
+    def __init__(self, inner: Any, death: str) -> None:
+        self._inner, self._death = inner, death
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def step(self) -> Any:
+        DEATHS[self._death]()
+        return self._inner.step()
+
+
+def _make(args: WorkerArgs, plan: ReplicaPlan) -> Any:
+    worker = make_worker(args)
+    return _DyingWorker(worker, plan.death) if plan.death else worker
 
 
 def serve(connection: Connection, args: WorkerArgs, plan: ReplicaPlan) -> None:
@@ -40,7 +84,7 @@ def serve(connection: Connection, args: WorkerArgs, plan: ReplicaPlan) -> None:
     if plan.failpoint:
         failpoints.arm(plan.failpoint)
     with planted(plan.mutant):
-        replica = Replica(lambda: make_worker(args))
+        replica = Replica(lambda: _make(args, plan))
         with contextlib.suppress(EOFError):
             while True:
                 num_known, orders = connection.recv()
@@ -142,6 +186,8 @@ class ProcessFleet:
             self._on_lost()
             return Lost(replica_id, Loss.CRASH, f"exit code {member.process.exitcode}")
         member.num_known = update.num_news
+        if update.state is ReplicaState.FAILED:
+            self._on_lost()
         return Answer(replica_id, update)
 
     def _lose_sight(self, replica_id: int) -> FleetEvent:

@@ -16,7 +16,7 @@ from b2batch.proof import verify_output
 
 from .local_job import NUM_ROWS, make_spec, run_locally
 from .mutants import MUTANTS, planted
-from .process_fleet import ReplicaPlan
+from .process_fleet import DEATHS, ReplicaPlan
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,15 @@ def test_the_commit_of_a_late_zombie_loses(tmp_path: Path, calm) -> None:
     [report, *_] = zombie.go_on()
     assert not report.newly_committed
     assert [*watch.look(), *check_finished(tmp_path, calm)] == []
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_replica_that_dies_in_any_way_is_replaced(tmp_path: Path, calm, death: str) -> None:
+    run = run_locally(
+        make_spec(tmp_path), lambda replica_id: ReplicaPlan(death=death if replica_id == 0 else "")
+    )
+    assert run.totals.num_replicas_lost == 1
+    assert check_finished(tmp_path, calm) == []
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -1,0 +1,127 @@
+"""Whole jobs on a real Ray cluster while its parts are killed: one fault of each kind, then a late zombie."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from b2batch.bench.driver_process import DriverProcess
+from b2batch.bench.fault_cluster import FaultCluster
+from b2batch.bench.fault_scratch import FAILPOINT_VARIABLE, ledger_in, token_in
+from b2batch.bench.faults import NUM_REPLICAS, DisturbedRun, Tally, make_job, run_calm
+from b2batch.bench.injector import Deck, FaultKind
+from b2batch.bench.invariants import OutputWatch, Row, check_finished
+from b2batch.bench.workload import FaultsWorkload
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Each comes once new rows have come after the one before.
+SCRIPT = [
+    FaultKind.TWIN,
+    FaultKind.REPLICA_KILL,
+    FaultKind.DISK_FULL,
+    FaultKind.DRIVER_STOP,
+    FaultKind.REPLICA_STOP,
+    FaultKind.REPLY_LOST,
+    FaultKind.RAYLET_KILL,
+    FaultKind.DRIVER_KILL,
+    FaultKind.STORE_ERROR,
+    FaultKind.DRIVER_TERM,
+    FaultKind.GCS_KILL,
+]
+WORKLOAD = FaultsWorkload(
+    kind="faults",
+    description="One of each.",
+    minutes=8,
+    seed=int(os.environ.get("B2_CHAOS_SEED", "1")),
+    rows=480,
+    rows_per_unit=8,
+    max_tokens=12,
+    mean_gap_s=1.1,
+    patience_s=120.0,
+)
+
+
+class Script(Deck):
+    """The kinds in this order, and no more."""
+
+    def __init__(self, kinds: Sequence[FaultKind]) -> None:
+        self._left = list(reversed(kinds))
+
+    def draw(self) -> FaultKind | None:
+        return self._left.pop() if self._left else None
+
+    def put_back(self, kind: FaultKind) -> None:
+        self._left.append(kind)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chaos")
+
+
+@pytest.fixture(scope="module")
+def cluster(scratch: Path) -> Iterator[FaultCluster]:
+    with FaultCluster(NUM_REPLICAS, scratch) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: FaultCluster, scratch: Path) -> list[Row]:
+    return run_calm(scratch, cluster, WORKLOAD)
+
+
+def wait_for(holds: Callable[[], object], timeout_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.05)  # other processes work: there is nothing else to wait on
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_the_commit_of_a_late_zombie_loses(cluster: FaultCluster, calm: list[Row], scratch: Path) -> None:
+    """A replica whose node was declared dead wakes with a unit in hand, when the run has ended."""
+    output, job = scratch / "zombie", scratch / "zombie.json"
+    job.write_text(json.dumps(make_job(scratch, output, WORKLOAD)))
+    environment = cluster.environment | {FAILPOINT_VARIABLE: "F6:stop:2"}
+    driver = DriverProcess(scratch, job, environment, "--address", cluster.address)
+    wait_for(lambda: token_in(scratch).exists() and token_in(scratch).read_text(), 120.0, driver.tail())
+    zombie = int(token_in(scratch).read_text())
+    wait_for(lambda: is_stopped(zombie), 120.0, driver.tail())
+    cluster.kill_raylet(parent_of(zombie), reap=False)
+    cluster.fill_up()
+    assert driver.wait(300.0) == 0, driver.tail()
+    watch, ledger = OutputWatch(output), ledger_in(scratch, zombie)
+    watch.look()
+    before = ledger.stat().st_mtime_ns if ledger.exists() else 0
+    os.kill(zombie, signal.SIGCONT)
+    wait_for(lambda: ledger.exists() and ledger.stat().st_mtime_ns > before, 30.0, "it did not try to commit")
+    assert [*watch.look(), *check_finished(output, calm)] == []
+
+
+def test_one_fault_of_each_kind_and_every_row_once(
+    cluster: FaultCluster, calm: list[Row], scratch: Path
+) -> None:
+    tally, told = Tally(), []
+    script = Script(SCRIPT)
+    run = DisturbedRun(scratch, cluster, WORKLOAD, tally, Random(WORKLOAD.seed), script, calm)
+    run.go(time.monotonic() + 60 * WORKLOAD.minutes, told.append)
+    timeline = "\n".join(told)
+    assert tally.violations == [], timeline
+    assert list(tally.faults) == SCRIPT, timeline
+    assert tally.exit_codes["99"] == 1, "the second driver was refused"
+    assert tally.exit_codes["75"] == 1, "the driver that was asked to stop did so"
