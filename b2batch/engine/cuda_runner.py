@@ -46,6 +46,11 @@ class CudaRunner(Runner):
             shapes = Buckets(max_num_seqs, scratch_slot=kv_cache_tokens)
             self._graphs = DecodeGraphs(self._forward, kernels.plan, shapes, self.device)
 
+    @property
+    def num_graphs(self) -> int:
+        """Shapes of decode steps that have been recorded."""
+        return self._graphs.num_recorded if self._graphs else 0
+
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """See ``Runner``; what it returns is overwritten by the next step."""
