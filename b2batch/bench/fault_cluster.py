@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 _OBJECT_STORE_BYTES = 80 << 20
+_END_TIMEOUT_S = 10.0
 _REPLICA_TITLE = "ray::Replica"
 
 
@@ -113,13 +115,13 @@ class FaultCluster:
         """Of the nodes that carry replicas, oldest first."""
         return [_raylet(node).pid for node in self._nodes]
 
-    def kill_raylet(self, pid: int, *, reap: bool) -> None:
-        """kill -9. Reaped, its workers end within a second; not reaped, they go on for up to a minute."""
+    def end_raylet(self, pid: int, number: signal.Signals, *, reap: bool) -> None:
+        """By a signal. Reaped, its workers end within a second; not reaped, they go on for up to a minute."""
         [node] = [node for node in self._nodes if _raylet(node).pid == pid]
         self._strays += _replicas_of(pid)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         if reap:
-            _raylet(node).wait()
+            _wait(_raylet(node))
         self._nodes.remove(node)
 
     def replica_pids(self) -> list[int]:
@@ -146,6 +148,15 @@ class FaultCluster:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+def _wait(process: Any) -> None:
+    """Until it has ended; kill -9 if it takes its time."""
+    try:
+        process.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _raylet(node: Any) -> Any:

@@ -25,6 +25,7 @@ from b2batch.bench.fault_cluster import FaultCluster
 from b2batch.bench.fault_scratch import count_generated, switch_in
 from b2batch.bench.injector import Deck, FaultKind, Injector
 from b2batch.bench.invariants import OutputWatch, Row, check_exit, check_finished, read_rows
+from b2batch.bench.small_disk import SmallDisk
 from b2batch.bench.workload import FaultsWorkload
 from b2batch.errors import MeasurementFailed
 
@@ -62,7 +63,11 @@ def measure_faults(workload: FaultsWorkload, on_progress: Callable[[str], None])
     Raises:
         MeasurementFailed: the undisturbed run failed.
     """
-    with _scratch() as scratch, FaultCluster(NUM_REPLICAS, scratch) as cluster:
+    with (
+        _scratch() as scratch,
+        SmallDisk(scratch / "disk", switch_in(scratch)) as disk,
+        FaultCluster(NUM_REPLICAS, scratch) as cluster,
+    ):
         on_progress("faults: undisturbed run")
         started_s = time.monotonic()
         expected = run_calm(scratch, cluster, workload)
@@ -71,7 +76,7 @@ def measure_faults(workload: FaultsWorkload, on_progress: Callable[[str], None])
         random, deadline_s = Random(workload.seed), time.monotonic() + 60 * workload.minutes
         deck = Deck(random)
         while time.monotonic() < deadline_s and not tally.violations:
-            run = DisturbedRun(scratch, cluster, workload, tally, random, deck, expected)
+            run = DisturbedRun(scratch, disk, cluster, workload, tally, random, deck, expected)
             run.go(deadline_s, on_progress)
     return _measurements(tally, calm_s)
 
@@ -82,6 +87,7 @@ class DisturbedRun:
     def __init__(
         self,
         scratch: Path,
+        disk: SmallDisk,
         cluster: FaultCluster,
         workload: FaultsWorkload,
         tally: Tally,
@@ -96,9 +102,9 @@ class DisturbedRun:
         self._random = random
         self._deck = deck
         self._expected = expected
-        self._output = scratch / f"out-{tally.num_runs}"
+        self._output = disk.path / f"out-{tally.num_runs}"
         self._watch = OutputWatch(self._output)
-        self._injector = Injector(random, cluster, switch_in(scratch), self._output, self._start)
+        self._injector = Injector(random, cluster, switch_in(scratch), disk, self._output, self._start)
         self._waiting: list[tuple[FaultKind, float]] = []  # faults after which nothing new came yet
         self._num_in_flight_bound = 0
         self._rss: list[tuple[float, int]] = []

@@ -14,6 +14,7 @@ from random import Random
 from b2batch.bench.driver_process import DriverProcess
 from b2batch.bench.fault_cluster import FaultCluster
 from b2batch.bench.flaky_store import StoreFault, StoreSwitch
+from b2batch.bench.small_disk import SmallDisk
 
 _LEASE_AGE_S = 120.0
 
@@ -31,6 +32,7 @@ class FaultKind(StrEnum):
     TWIN = "second driver"
     RAYLET_KILL = "raylet kill -9, reaped"
     RAYLET_ZOMBIE = "raylet kill -9, unreaped"
+    RAYLET_TERM = "raylet SIGTERM (preemption)"
     RAYLET_STOP = "raylet SIGSTOP"
     GCS_KILL = "GCS kill -9"
     DISK_FULL = StoreFault.FULL.value
@@ -50,6 +52,7 @@ WEIGHTS = {
     FaultKind.TWIN: 3,
     FaultKind.RAYLET_KILL: 2,
     FaultKind.RAYLET_ZOMBIE: 2,
+    FaultKind.RAYLET_TERM: 1,
     FaultKind.RAYLET_STOP: 1,
     FaultKind.GCS_KILL: 1,
     FaultKind.DISK_FULL: 3,
@@ -98,12 +101,14 @@ class Injector:
         random: Random,
         cluster: FaultCluster,
         switch: StoreSwitch,
+        disk: SmallDisk,
         output: Path,
         start_driver: Callable[[], DriverProcess],
     ) -> None:
         self._random = random
         self._cluster = cluster
         self._switch = switch
+        self._disk = disk
         self._output = output
         self._start_driver = start_driver
         self._due: list[tuple[Callable[[], bool], Callable[[], None]]] = []
@@ -130,14 +135,15 @@ class Injector:
                 return self._replace_stopped(driver)
             case FaultKind.TWIN:
                 return self._start_twin(driver)
-            case FaultKind.RAYLET_KILL | FaultKind.RAYLET_ZOMBIE:
-                pid = self._random.choice(self._cluster.raylet_pids())
-                self._cluster.kill_raylet(pid, reap=kind is FaultKind.RAYLET_KILL)
-                self._after(self._random.uniform(0.0, 3.0), self._cluster.fill_up)
+            case FaultKind.RAYLET_KILL | FaultKind.RAYLET_ZOMBIE | FaultKind.RAYLET_TERM:
+                return driver if self._end_raylet(kind) else None
             case FaultKind.RAYLET_STOP:
-                self._stop_raylet()
+                return driver if self._stop_raylet() else None
             case FaultKind.GCS_KILL:
                 self._cluster.kill_gcs()
+            case FaultKind.DISK_FULL:
+                self._disk.fill()
+                self._after(self._random.uniform(1.0, 4.0), self._disk.free)
             case _:
                 self._switch.turn_on(StoreFault(kind.value))
                 self._after(self._random.uniform(1.0, 4.0), self._switch.turn_off)
@@ -166,9 +172,21 @@ class Injector:
             self._after(self._random.uniform(2.0, 12.0), lambda: _send(pid, signal.SIGCONT))
         return True
 
-    def _stop_raylet(self) -> None:
+    def _end_raylet(self, kind: FaultKind) -> bool:
+        pids = self._cluster.raylet_pids()
+        if not pids:
+            return False
+        number = signal.SIGTERM if kind is FaultKind.RAYLET_TERM else signal.SIGKILL
+        self._cluster.end_raylet(self._random.choice(pids), number, reap=kind is not FaultKind.RAYLET_ZOMBIE)
+        self._after(self._random.uniform(0.0, 3.0), self._cluster.fill_up)
+        return True
+
+    def _stop_raylet(self) -> bool:
         """A node that freezes with its replicas, long enough to be declared dead; then it wakes."""
-        raylet = self._random.choice(self._cluster.raylet_pids())
+        pids = self._cluster.raylet_pids()
+        if not pids:
+            return False
+        raylet = self._random.choice(pids)
         frozen = [raylet, *self._cluster.replica_pids_of(raylet)]
         for pid in frozen:
             _send(pid, signal.SIGSTOP)
@@ -180,6 +198,7 @@ class Injector:
             self._cluster.fill_up()
 
         self._after(self._random.uniform(8.0, 12.0), wake)
+        return True
 
     def _start_twin(self, driver: DriverProcess) -> DriverProcess | None:
         if not self._has_lease(driver):

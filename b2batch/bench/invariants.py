@@ -34,6 +34,7 @@ class OutputWatch:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._seen: dict[str, _Seen] = {}
+        self._was_finished = False
         self._owner: dict[str, str] = {}  # row id → the part it stands in
 
     @property
@@ -52,6 +53,9 @@ class OutputWatch:
         problems = [f"I4: {name} disappeared" for name in self._seen.keys() - there.keys()]
         for name in sorted(there):
             problems += self._look_at(name, there[name])
+        if not self._was_finished and (self._output / "_SUCCESS").exists():
+            self._was_finished = True
+            problems += _check_success(self._output)
         return problems
 
     def _look_at(self, name: str, path: Path) -> list[str]:

@@ -14,10 +14,11 @@ import pytest
 
 from b2batch.bench.driver_process import DriverProcess
 from b2batch.bench.fault_cluster import FaultCluster
-from b2batch.bench.fault_scratch import FAILPOINT_VARIABLE, ledger_in, token_in
+from b2batch.bench.fault_scratch import FAILPOINT_VARIABLE, ledger_in, switch_in, token_in
 from b2batch.bench.faults import NUM_REPLICAS, DisturbedRun, Tally, make_job, run_calm
 from b2batch.bench.injector import Deck, FaultKind
 from b2batch.bench.invariants import OutputWatch, Row, check_finished
+from b2batch.bench.small_disk import SmallDisk
 from b2batch.bench.workload import FaultsWorkload
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -102,7 +103,7 @@ def test_the_commit_of_a_late_zombie_loses(cluster: FaultCluster, calm: list[Row
     wait_for(lambda: token_in(scratch).exists() and token_in(scratch).read_text(), 120.0, driver.tail())
     zombie = int(token_in(scratch).read_text())
     wait_for(lambda: is_stopped(zombie), 120.0, driver.tail())
-    cluster.kill_raylet(parent_of(zombie), reap=False)
+    cluster.end_raylet(parent_of(zombie), signal.SIGKILL, reap=False)
     cluster.fill_up()
     assert driver.wait(300.0) == 0, driver.tail()
     watch, ledger = OutputWatch(output), ledger_in(scratch, zombie)
@@ -118,8 +119,9 @@ def test_one_fault_of_each_kind_and_every_row_once(
 ) -> None:
     tally, told = Tally(), []
     script = Script(SCRIPT)
-    run = DisturbedRun(scratch, cluster, WORKLOAD, tally, Random(WORKLOAD.seed), script, calm)
-    run.go(time.monotonic() + 60 * WORKLOAD.minutes, told.append)
+    with SmallDisk(scratch / "disk", switch_in(scratch)) as disk:
+        run = DisturbedRun(scratch, disk, cluster, WORKLOAD, tally, Random(WORKLOAD.seed), script, calm)
+        run.go(time.monotonic() + 60 * WORKLOAD.minutes, told.append)
     timeline = "\n".join(told)
     assert tally.violations == [], timeline
     assert list(tally.faults) == SCRIPT, timeline
