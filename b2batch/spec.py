@@ -94,7 +94,7 @@ class ModelSpec(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="what nf4 layers compute in"
     )
-    adapter: str | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
+    adapter: Location | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
     position: Literal["auto", "rope", "alibi"] = "auto"

@@ -19,6 +19,7 @@ from typing import Any
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import ModelError
 from b2batch.models.adapter import Adapter, check_adapter
+from b2batch.models.config import check_config
 from b2batch.spec import ModelSpec, resolve_env
 
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
@@ -105,7 +106,9 @@ def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
         raise ModelError(f"model.model: {directory} holds no weights (*.safetensors or *.bin)")
     if weights or is_local:
         _check_shards(directory)
+    check_config(directory / "config.json", config)
     generation_config = read_json(directory / "generation_config.json") or {}
+    check_config(directory / "generation_config.json", generation_config)
     return Checkpoint(directory, source, is_local, config, generation_config, _open_adapter(spec))
 
 

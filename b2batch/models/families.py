@@ -61,7 +61,7 @@ class BaichuanFamily:
                 f"{checkpoint.directory}: no tokenizer.model, which every Baichuan checkpoint has"
             )
         tokenizer = BaichuanTokenizer(model_file, add_bos=bool(settings.get("add_bos_token", False)))
-        if "vocab_size" not in checkpoint.config:
+        if checkpoint.config.get("vocab_size") is None:
             raise ModelError(f"{checkpoint.source}: config.json has no vocab_size")
         if tokenizer.vocab_size > int(checkpoint.config["vocab_size"]):
             raise ModelError(
@@ -85,9 +85,14 @@ class BaichuanFamily:
         self, checkpoint: Checkpoint, spec: ModelSpec, tokenizer: BaichuanTokenizer
     ) -> ChatFormat | None:
         generation = checkpoint.generation_config
-        if "user_token_id" not in generation:
+        if generation.get("user_token_id") is None or generation.get("assistant_token_id") is None:
             return None
         user, assistant = int(generation["user_token_id"]), int(generation["assistant_token_id"])
+        if max(user, assistant) >= int(checkpoint.config["vocab_size"]):
+            raise ModelError(
+                f"{checkpoint.source}: generation_config.json: the role tokens {user} and {assistant} are "
+                f"beyond the {checkpoint.config['vocab_size']} embeddings"
+            )
         if self._is_first(checkpoint, spec):
             return Baichuan1Chat(tokenizer, user, assistant, int(generation.get("eos_token_id", 2)))
         return Baichuan2Chat(tokenizer, user, assistant)

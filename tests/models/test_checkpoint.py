@@ -11,7 +11,7 @@ import pytest
 
 from b2batch.errors import ModelError, SpecError
 from b2batch.models.checkpoint import open_checkpoint
-from b2batch.models.families import has_norm_head
+from b2batch.models.families import family_of, has_norm_head
 from b2batch.spec import ModelSpec
 
 
@@ -70,6 +70,52 @@ def test_a_directory_without_weights_is_refused(directory: Path) -> None:
     (directory / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match="no weights"):
         open_checkpoint(ModelSpec(model=str(directory)), weights=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("generation_config.json", "user_token_id", "x", "expected a token id, found 'x'"),
+        ("generation_config.json", "user_token_id", 99_999, "beyond the 768 embeddings"),
+        ("generation_config.json", "eos_token_id", "x", "expected a token id, or a list of them"),
+        ("generation_config.json", "eos_token_id", [2, "x"], "expected a token id, or a list of them"),
+        ("generation_config.json", "eos_token_id", {}, "expected a token id, or a list of them"),
+        ("config.json", "vocab_size", "x", "expected a positive integer, found 'x'"),
+        ("config.json", "vocab_size", None, "has no vocab_size"),
+        ("config.json", "vocab_size", 700, "has 768 pieces, but the model only 700"),
+        ("config.json", "max_position_embeddings", -1, "expected a positive integer, found '-1'"),
+        ("config.json", "num_attention_heads", 0, "expected a positive integer"),
+        ("config.json", "hidden_size", True, "expected a positive integer"),
+        ("config.json", "architectures", 5, "expected a list of names"),
+        ("config.json", "model_type", ["baichuan"], "expected text"),
+        ("config.json", "text_config", 5, "expected an object"),
+        ("config.json", "text_config", {"vocab_size": []}, "text_config: vocab_size: expected"),
+        ("config.json", "quantization_config", "gptq", "expected an object"),
+    ],
+)
+def test_an_odd_config_is_refused_by_file_and_key_before_a_replica_starts(
+    directory: Path, name: str, key: str, value: object, said: str
+) -> None:
+    config = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError) as caught:
+        plan(directory)
+    assert said in str(caught.value)
+
+
+def plan(directory: Path) -> None:
+    """What planning a job does with its model."""
+    spec = ModelSpec(model=str(directory))
+    checkpoint = open_checkpoint(spec, weights=False)
+    family_of(checkpoint).codec(checkpoint, spec)
+
+
+def test_role_tokens_go_together(directory: Path) -> None:
+    config = json.loads((directory / "generation_config.json").read_text())
+    del config["assistant_token_id"]
+    (directory / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="assistant_token_id go together"):
+        open_checkpoint(ModelSpec(model=str(directory)), weights=False)
 
 
 @pytest.mark.parametrize(
