@@ -42,6 +42,16 @@ class Progress:
             self.num_out_of_memory + other.num_out_of_memory,
         )
 
+    def __sub__(self, other: Progress) -> Progress:
+        return Progress(
+            self.num_rows - other.num_rows,
+            self.num_error_rows - other.num_error_rows,
+            self.num_input_tokens - other.num_input_tokens,
+            self.num_generated_tokens - other.num_generated_tokens,
+            self.num_running - other.num_running,
+            self.num_out_of_memory - other.num_out_of_memory,
+        )
+
 
 class Rate:
     """Growth of a counter per second over the last ``window_s`` seconds."""

@@ -54,6 +54,8 @@ from b2batch.telemetry import Progress
 
 logger = logging.getLogger(__name__)
 
+_MAX_UNSAVED = 4  # parts kept for another attempt at their unit
+
 _MAX_FAILURES_TOLD = 20  # by one worker: a million bad rows must not fill a disk with its log
 
 
@@ -356,6 +358,8 @@ class Worker:
             return commit_part(self._store, part)
         except StorageError:
             self._unsaved[part.unit.index] = part  # the next attempt here has only this to do
+            if len(self._unsaved) > _MAX_UNSAVED:
+                del self._unsaved[next(iter(self._unsaved))]
             raise
 
     def _origin(self, unit: WorkUnit, attempt: int) -> PartOrigin:

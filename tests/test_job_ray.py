@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -213,6 +214,32 @@ def start_driver(job_file, tmp_path):
     )
 
 
+def descendants(pid):
+    """The processes below ``pid``: those of the cluster that a driver started for itself."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return below - {pid}
+
+
+def assert_gone(pids):
+    deadline_s = time.monotonic() + 30
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline_s, f"{left} outlived their driver"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_killed_driver_resumes_and_its_twin_is_locked_out(calm, tmp_path):
     output = tmp_path / "out"
     spec = make_spec(output, cluster={"address": "local"})
@@ -224,8 +251,11 @@ def test_a_killed_driver_resumes_and_its_twin_is_locked_out(calm, tmp_path):
         time.sleep(0.02)  # another process works: there is nothing else to wait on
     with pytest.raises(RunLocked, match=f"pid {driver.pid}"):
         run_job(spec)
+    cluster = descendants(driver.pid)
     driver.kill()
     driver.communicate()
+    assert len(cluster) > 3
+    assert_gone(cluster)
     before = parts(output)
     assert 0 < len(before) < 10, "killed in the middle"
     out, err = start_driver(job_file, tmp_path).communicate(timeout=200)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from b2batch.cli.printing import count, duration, plural, share, shorten
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _SHOWN_KINDS = 5
 _MESSAGE_CHARS = 160
+_SHOWN_LABELS = 12
 
 
 def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
@@ -28,12 +29,14 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
     if view.num_replicas:
         yield "speed", f"{view.rows_per_s:.1f} rows/s on {plural(view.num_replicas, 'replica')}"
-    troubles = list(_troubles(view))
-    if troubles:
-        yield "troubles", ", ".join(troubles)
+    extra = list(_extra_work(view))
+    if extra:
+        yield "extra work", ", ".join(extra)
     if view.started:
         yield "time", f"started {view.started}, last news {view.updated}"
     yield from _failure_facts(view)
+    if view.metrics:
+        yield from metrics_facts(view.metrics)
 
 
 def _state(view: Overview) -> str:
@@ -56,8 +59,8 @@ def _shares(view: Overview) -> str:
     return ", ".join(parts)
 
 
-def _troubles(view: Overview) -> Iterator[str]:
-    """What was lost and made good, in the last start of the driver."""
+def _extra_work(view: Overview) -> Iterator[str]:
+    """What was lost and made good, or done twice so as to end sooner, in the last start of the driver."""
     if view.num_replicas_lost:
         yield f"{plural(view.num_replicas_lost, 'replica')} lost"
     if view.num_rows_again:
@@ -75,3 +78,25 @@ def _failure_facts(view: Overview) -> Iterator[tuple[str, str]]:
         yield "" if index else "errors", what
     if len(view.failures) > _SHOWN_KINDS:
         yield "", f"and {plural(len(view.failures) - _SHOWN_KINDS, 'more kind')}"
+
+
+def metrics_facts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A run's labels against gold, on a screen."""
+    told = [f"accuracy {metrics['accuracy']:.4f}", f"macro-F1 {metrics['macro_f1']:.4f}"]
+    told += [
+        f"{name.upper()} {metrics[name]:.4f}" for name in ("ece", "auroc") if metrics.get(name) is not None
+    ]
+    yield "gold", f"{', '.join(told)} over {plural(metrics['num_rows'], 'row')}"
+    unscored = {"answer": metrics["num_unanswered"], "gold label": metrics["num_without_gold"]}
+    left_out = [f"{count(number)} without {what}" for what, number in unscored.items() if number]
+    if left_out:
+        yield "", f"left out: {', '.join(left_out)}"
+    for index, label in enumerate(metrics["labels"][:_SHOWN_LABELS]):
+        row, predicted = metrics["per_label"][label], metrics["confusion"][index][:_SHOWN_LABELS]
+        scores = f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, F1 {row['f1']:.3f}"
+        yield "" if index else "labels", f"{label}: {scores}; given as {predicted}"
+    if len(metrics["labels"]) > _SHOWN_LABELS:
+        yield "", f"and {plural(len(metrics['labels']) - _SHOWN_LABELS, 'more label')} in metrics.json"
+    for index, row in enumerate(metrics.get("thresholds", ())):
+        kept = f"confidence of {row['threshold']:g} or more: {share(row['coverage'], 1)} of rows"
+        yield "" if index else "thresholds", f"{kept}, accuracy {row['accuracy']:.4f}"

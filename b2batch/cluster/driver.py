@@ -144,7 +144,8 @@ class _Driver:
         self._checks: dict[Future[UnitCounts | None], int] = {}
         self._checker = ThreadPoolExecutor(max_workers=4, thread_name_prefix="b2batch-check")
         self._progress: dict[int, Progress] = {}
-        self._retired = Progress()  # what lost replicas had done
+        self._live = Progress()  # of all replicas, the lost ones too; kept, as summing costs
+        self._told_start_errors: set[tuple[str, str]] = set()
         self._drain_deadline_s: float | None = None
         self._next_tick_s = self._next_beat_s = self._next_progress_s = clock()
         self._is_finished = False
@@ -180,6 +181,7 @@ class _Driver:
     def _handle_answer(self, replica_id: int, update: ReplicaUpdate) -> None:
         now_s = self._clock()
         if replica_id in self._progress:  # else it was killed after it had answered
+            self._live += update.progress - self._progress[replica_id]
             self._progress[replica_id] = update.progress
         self._dispatcher.on_heartbeat(replica_id, update.num_steps, now_s)
         if update.was_ready:
@@ -210,7 +212,10 @@ class _Driver:
 
     def _give_up_start(self, replica_id: int, error: ErrorText) -> None:
         self._apply(self._dispatcher.on_replica_failed_to_start(replica_id, error, self._clock()))
-        logger.warning("replica=%d could not start: %s: %s", replica_id, error[0], error[1])
+        is_news = error[:2] not in self._told_start_errors  # a thousand replicas fail alike
+        self._told_start_errors.add(error[:2])
+        level = logging.WARNING if is_news else logging.DEBUG
+        logger.log(level, "replica=%d could not start: %s: %s", replica_id, error[0], error[1])
 
     def _lose(self, replica_id: int, loss: Loss, detail: str) -> None:
         logger.warning("replica=%d lost, %s: %s", replica_id, loss.value, detail)
@@ -220,13 +225,7 @@ class _Driver:
     def _retire(self, replica_id: int) -> None:
         done = self._progress.pop(replica_id, None)
         if done is not None:
-            self._retired += Progress(
-                done.num_rows,
-                done.num_error_rows,
-                done.num_input_tokens,
-                done.num_generated_tokens,
-                num_out_of_memory=done.num_out_of_memory,
-            )
+            self._live -= Progress(num_running=done.num_running)
 
     def _collect_checks(self) -> None:
         for check in [check for check in self._checks if check.done()]:
@@ -319,7 +318,7 @@ class _Driver:
             units.counts,
             units.num_attempts,
             units.num_rows_again,
-            sum(self._progress.values(), self._retired),
+            self._live,
             dispatcher.num_ready,
             dispatcher.num_starting,
             dispatcher.num_lost,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-import time
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from b2batch.cluster.placement import Placement
 from b2batch.cluster.policy import Loss, poll_timeout_s
@@ -18,7 +20,6 @@ from b2batch.cluster.verdict import ErrorText
 
 logger = logging.getLogger(__name__)
 
-_GET_TIMEOUT_S = 30.0  # of a reply that Ray says is there
 _NODE_DIED = "node has died"  # stands in Ray's message; the error's type does not tell
 _LOW_MEMORY = "low on memory"  # likewise, of Ray's memory monitor
 _NODE_LABEL = "ray.io/node-id"
@@ -75,10 +76,11 @@ class Fleet(Protocol):
 
 @dataclass(slots=True)
 class _Member:
+    replica_id: int
     actor: Any
     num_known: int = 0
     outbox: list[Order] = field(default_factory=list)
-    poll: Any = None  # the outstanding call
+    poll: Future[ReplicaUpdate] | None = None  # the outstanding call
     sent: tuple[Order, ...] = ()
 
 
@@ -92,8 +94,7 @@ class _ReplicaActor(Replica):
 class RayFleet:
     """Replicas of one shape on the connected Ray cluster.
 
-    A replica has one poll outstanding at any time, so the driver waits on as many references as
-    there are replicas, and on nothing else.
+    A replica has one poll outstanding at any time; its answer comes by itself.
     """
 
     def __init__(self, placement: Placement, make_worker: MakeWorker) -> None:
@@ -107,14 +108,15 @@ class RayFleet:
             runtime_env={"env_vars": dict(placement.env_vars)},
         )
         self._poll_timeout_s = poll_timeout_s(placement.num_replicas)
-        # A replica holds a second unit meanwhile, so the delay costs it nothing.
-        self._gather_s = min(0.5, placement.num_replicas / 2000)
         self._make_worker_ref = ray.put(make_worker)
         self._members: dict[int, _Member] = {}
+        self._to_poll: list[_Member] = []
+        self._answers: SimpleQueue[tuple[_Member, Future[ReplicaUpdate]]] = SimpleQueue()
 
     def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         """Create the actor; Ray places it when there is room."""
-        self._members[replica_id] = _Member(self.make_actor(replica_id, avoided))
+        member = self._members[replica_id] = _Member(replica_id, self.make_actor(replica_id, avoided))
+        self._to_poll.append(member)
 
     def order(self, replica_id: int, order: Order) -> None:
         """Queue for the next poll; one that is waiting is cut short. Nothing for a replica just lost."""
@@ -133,20 +135,15 @@ class RayFleet:
 
     def wait(self, timeout_s: float) -> list[FleetEvent]:
         """Poll whoever is not being polled, then collect every answer that is there."""
-        if not self._members:
-            time.sleep(timeout_s)
-            return []
-        for member in self._members.values():
-            if member.poll is None:
-                self._send_poll(member)
-        id_by_ref = {member.poll: replica_id for replica_id, member in self._members.items()}
-        refs = list(id_by_ref)
-        # Looking at a thousand references costs a millisecond: news is taken in together.
-        time.sleep(self._gather_s)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        if not ready:
-            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
-        events = (self._receive(id_by_ref[ref], ref) for ref in ready)
+        for member in self._to_poll:
+            self._send_poll(member)
+        self._to_poll.clear()
+        answers = []
+        with suppress(Empty):
+            answers.append(self._answers.get(timeout=timeout_s))
+            while True:
+                answers.append(self._answers.get_nowait())
+        events = (self._receive(member, answer) for member, answer in answers)
         return [event for event in events if event is not None]
 
     def close(self, grace_s: float) -> None:
@@ -171,16 +168,24 @@ class RayFleet:
         ray.kill(actor)
 
     def _send_poll(self, member: _Member) -> None:
+        if member.replica_id not in self._members:
+            return  # lost with its last answer
         member.sent = (*member.sent, *member.outbox)  # an unanswered poll's orders go again
         member.outbox.clear()
-        member.poll = member.actor.poll.remote(member.num_known, member.sent, self._poll_timeout_s)
+        ref = member.actor.poll.remote(member.num_known, member.sent, self._poll_timeout_s)
+        # Being called costs less than asking a thousand references whether one of them is there.
+        member.poll = ref.future()
+        member.poll.add_done_callback(lambda answer: self._answers.put((member, answer)))
 
-    def _receive(self, replica_id: int, ref: Any) -> FleetEvent | None:
-        member = self._members[replica_id]
+    def _receive(self, member: _Member, answer: Future[ReplicaUpdate]) -> FleetEvent | None:
+        replica_id = member.replica_id
+        if replica_id not in self._members:
+            return None  # it was killed meanwhile
         member.poll = None
+        self._to_poll.append(member)
         try:
-            update: ReplicaUpdate = ray.get(ref, timeout=_GET_TIMEOUT_S)
-        except (ActorUnavailableError, GetTimeoutError) as error:
+            update = answer.result()
+        except ActorUnavailableError as error:
             logger.warning("replica=%d cannot be reached just now: %s", replica_id, _first_line(error))
             return None  # polled again; one that never comes back is found by its silence
         except RayError as error:
@@ -188,9 +193,6 @@ class RayFleet:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 return NotStarted(replica_id, _start_error_text(error))
             return Lost(replica_id, _loss_of(error), _describe(error))
-        return self._note_answer(replica_id, member, update)
-
-    def _note_answer(self, replica_id: int, member: _Member, update: ReplicaUpdate) -> Answer:
         member.sent = ()
         member.num_known = update.num_news
         return Answer(replica_id, update)

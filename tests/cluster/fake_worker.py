@@ -56,7 +56,7 @@ class _Running:
     def __init__(self, setting: FakeWorker) -> None:
         if setting.harm == "no start":
             raise RuntimeError("the checkpoint has no weights")
-        (setting.store / f"pid-{os.getpid()}").touch()
+        (setting.store / f"pid-{os.getpid()}").write_text(os.environ.get("OMP_NUM_THREADS", ""))
         self._setting = setting
         self._queue: deque[_Open] = deque()
         self._num_rows = 0

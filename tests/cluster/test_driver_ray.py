@@ -23,9 +23,10 @@ def run(
     rows_per_unit=4,
     should_stop=lambda: False,
     on_progress=lambda _: None,
+    num_cpus=1.0,
     **policy,
 ):
-    placement = Placement(num_replicas, num_cpus=1.0, num_gpus=0.0)
+    placement = Placement(num_replicas, num_cpus=num_cpus, num_gpus=0.0)
     policy = {"start_timeout_s": 60.0, **policy}
     hooks = RunHooks(
         find_committed=lambda unit: find_committed(worker.store, unit),
@@ -59,8 +60,11 @@ def assert_gone(pids):
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_every_unit_is_committed_and_no_replica_is_left(tmp_path, num_replicas):
-    totals = run(FakeWorker(tmp_path, step_s=0.02), num_units=40, num_replicas=num_replicas)
+    worker = FakeWorker(tmp_path, step_s=0.02)
+    totals = run(worker, num_units=40, num_replicas=num_replicas, num_cpus=2.0)
     assert (committed(tmp_path), totals.counts.num_ok, totals.num_replicas_lost) == (40, 160, 0)
+    threads = {path.read_text() for path in tmp_path.glob("pid-*")}
+    assert threads == {"2"}, "torch finds its number of threads when it is imported"
     assert len(replica_pids(tmp_path)) == num_replicas
     assert_gone(replica_pids(tmp_path))
 
