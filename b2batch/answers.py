@@ -12,8 +12,9 @@ from b2batch.engine.request import Completion, Finished, Score
 from b2batch.errors import ModelError, RowError, RowFault, Stage
 from b2batch.labelling.classify import decide, label_probabilities, mean_prior
 from b2batch.labelling.grammar import parse_answer
+from b2batch.labelling.votes import majority, pick
 from b2batch.models.tokenizer import Tokenizer
-from b2batch.outputs.schema import parsed_type
+from b2batch.outputs.schema import confidence_column, parsed_type
 from b2batch.rows import Generation, Sample
 from b2batch.spec import JobSpec
 
@@ -39,6 +40,9 @@ class AnswerReader:
             raise _not_finite(error)
         samples = tuple(read_sample(completion, self._tokenizer) for completion in finished.completions)
         columns = self._columns(finished, samples)
+        sure = confidence_column(self._spec)
+        if self._spec.review.below is not None and sure is not None:
+            columns["needs_review"] = columns[sure] < self._spec.review.below
         return Generation(finished.num_prompt_tokens, samples, prompt_truncated, columns)
 
     def _columns(self, finished: Finished, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -49,14 +53,29 @@ class AnswerReader:
             return _scored(finished.scores[0])
         if self._spec.task == "embed":
             return self._embedded(finished.embedding)
-        return self._parsed(samples[0]) if self._spec.structured_outputs.is_set else {}
+        return self._generated(samples)
 
-    def _parsed(self, answer: Sample) -> dict[str, Any]:
+    def _generated(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The parsed answer, and what all answers vote for."""
+        columns: dict[str, Any] = {}
+        if self._spec.structured_outputs.is_set:
+            value, error = self._parse(samples[0])
+            columns |= {"parsed": value, "parse_error": error}
+        if self._spec.vote is not None:
+            columns |= majority([self._voted(sample) for sample in samples]).columns()
+        return columns
+
+    def _voted(self, sample: Sample) -> Any:
+        if self._spec.vote_on == "text":
+            return sample.text.strip()
+        return pick(self._parse(sample)[0], self._spec.vote_on.split(".")[1:])
+
+    def _parse(self, answer: Sample) -> tuple[Any, str | None]:
+        """The answer's value, or None and why it has none."""
         try:
-            value = parse_answer(self._spec.structured_outputs, answer, self._parsed_type)
+            return parse_answer(self._spec.structured_outputs, answer, self._parsed_type), None
         except (ValueError, RecursionError) as error:
-            return {"parsed": None, "parse_error": str(error)[:500]}
-        return {"parsed": value}
+            return None, str(error)[:500]
 
     def _classified(self, scores: Sequence[Score]) -> dict[str, Any]:
         settings = self._spec.classify

@@ -11,13 +11,15 @@ from pydantic import ValidationError
 from b2batch.engine.request import AnyRequest, EmbedRequest, Request, ScoreRequest
 from b2batch.errors import RowError, RowFault, SpecError, Stage
 from b2batch.inputs.prompts import Prompt, PromptRenderer
-from b2batch.labelling.grammar import grammar_of
+from b2batch.labelling.grammar import grammar_of, schema_grammar
 from b2batch.models.chat import input_budget
 from b2batch.models.families import PromptCodec
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec, SamplingSpec
 
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "do_sample")
+
+_OF_JOB = {"n", "logprobs", "from_model", "num_return_sequences"}  # they make columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class RowEncoder:
     def __init__(self, spec: JobSpec, codec: PromptCodec, generation_config: Mapping[str, Any]) -> None:
         self._spec = spec
         self._prompt = spec.prompt
-        self._sampling_column = spec.input.sampling_column
+        self._sampling_column = "sampling" if spec.has_batch_lines else spec.input.sampling_column
         self._renderer = PromptRenderer.of(spec)
         self._codec = codec
         self._sampling = sampling_of(spec.sampling, generation_config)
@@ -87,12 +89,21 @@ class RowEncoder:
         if self._spec.task == "generate":
             sampling = self._row_sampling(row)
             ids, is_cut = self._fitted(prompt, self._encode_prompt(prompt), sampling.max_tokens or 1, 1)
-            return EncodedRow(Request(row.row_id, ids, sampling, self._grammar), is_cut)
+            return EncodedRow(Request(row.row_id, ids, sampling, self._grammar_of(row)), is_cut)
         if self._spec.task == "embed":
             ids, is_cut = self._fitted(prompt, self._encode_prompt(prompt), 0, 0)
             return EncodedRow(EmbedRequest(row.row_id, ids, self._spec.embed.pooling), is_cut)
         texts = self._label_texts or (self._scored_text(row),)
         return self._encode_scored(row.row_id, prompt, texts)
+
+    def _grammar_of(self, row: PromptRow) -> str | None:
+        schema = row.columns.get("json_schema") if self._spec.has_batch_lines else None
+        if schema is None:
+            return self._grammar
+        try:
+            return schema_grammar(schema)
+        except SpecError as error:
+            raise _encode_error(RowFault.SAMPLING, f"body.response_format: {error}") from None
 
     def prior_requests(self) -> list[ScoreRequest]:
         """What ``classify.calibrate_with`` asks: the labels after prompts without content."""
@@ -122,7 +133,7 @@ class RowEncoder:
 
     def _encode_scored(self, request_id: str, prompt: Prompt, texts: Sequence[str]) -> EncodedRow:
         """The prompt, and the tokens that each text adds to it."""
-        if self._uses_chat:
+        if self._is_chat(prompt):
             whole = self._encode_prompt(prompt)
             continuations = [self._encode(text) for text in texts]
         else:
@@ -166,8 +177,12 @@ class RowEncoder:
             )
         return ids, len(ids) < len(whole)
 
+    def _is_chat(self, prompt: Prompt) -> bool:
+        """A batch line for ``/v1/completions`` is plain text also for a chat model."""
+        return self._uses_chat and not (self._spec.has_batch_lines and prompt.text is not None)
+
     def _encode_prompt(self, prompt: Prompt) -> list[int]:
-        if not self._uses_chat:
+        if not self._is_chat(prompt):
             return self._codec.tokenizer.encode_prompt(
                 _text_of(prompt), allow_special=self._prompt.allow_special_tokens
             )
@@ -182,7 +197,7 @@ class RowEncoder:
         context = self._codec.max_model_len
         if self._prompt.on_too_long == "error" or len(ids) <= context - room:
             return ids
-        if self._uses_chat:
+        if self._is_chat(prompt):
             assert self._codec.chat is not None
             return self._codec.chat.encode_newest(
                 _turns(prompt),
@@ -207,7 +222,8 @@ class RowEncoder:
                 f"{self._sampling_column}: expected an object of sampling keys, found {found}",
             )
         given = {key: value for key, value in overrides.items() if value is not None}
-        fixed = {"n", "logprobs", "from_model", "num_return_sequences"} & given.keys()
+        of_job = {"from_model"} if self._spec.has_batch_lines else _OF_JOB
+        fixed = of_job & given.keys()
         if fixed:
             raise _encode_error(
                 RowFault.SAMPLING, f"{self._sampling_column}: {sorted(fixed)[0]} is the whole job's"

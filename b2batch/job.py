@@ -26,6 +26,7 @@ from b2batch.errors import B2BatchError, Drained, Fenced, InputError, StorageErr
 from b2batch.inputs.plan import Plan, make_plan
 from b2batch.inputs.prompts import PromptRenderer
 from b2batch.inputs.schema import check_columns
+from b2batch.labelling.judgement import judge
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
 from b2batch.outputs.finalise import finalise
@@ -150,6 +151,8 @@ def check_schema(spec: JobSpec, input_schema: pa.Schema, checkpoint: Checkpoint)
     PromptRenderer.of(spec).check_columns(input_schema)
     if spec.score.column is not None:
         check_columns(input_schema, [spec.score.column], "score.column")
+    if spec.gold is not None:
+        check_columns(input_schema, [spec.gold], "gold")
     if spec.input.key is not None:
         check_columns(input_schema, [spec.input.key], "input.key")
     if spec.input.sampling_column is not None:
@@ -226,6 +229,7 @@ class _Run:
             self._run_pending()
             self._epoch.check_not_fenced()
             self._write_status(RunState.FINALISING)
+            judge(self._directory, self._job.plan, self._job.spec)
             success = finalise(
                 self._directory,
                 self._job.plan.units,

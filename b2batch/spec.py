@@ -105,7 +105,7 @@ class InputSpec(_Section):
     """The prompt dataset. ``path`` may be files, globs and directories, local or on an object store."""
 
     path: Annotated[tuple[Location, ...], BeforeValidator(_as_list)] = Field(min_length=1)
-    format: Literal["auto", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "jsonl", "parquet", "openai-batch"] = "auto"
     key: str | None = Field(
         default=None, description="a column that names the row; carried, never trusted as unique"
     )
@@ -351,6 +351,14 @@ class EmbedSpec(_Section):
     normalize: bool = Field(default=True, description="to length 1")
 
 
+class ReviewSpec(_Section):
+    """Which rows people should look at."""
+
+    below: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="rows whose label_score, or vote_share, is less"
+    )
+
+
 class EngineSpec(_Section):
     """What a replica's engine may use. ``auto`` measures the memory that is there."""
 
@@ -359,6 +367,9 @@ class EngineSpec(_Section):
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     kv_cache_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     enable_prefix_caching: bool = True
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=64, description="processes of a CPU replica that share a Baichuan's layers"
+    )
 
 
 class ClusterSpec(_Section):
@@ -401,10 +412,43 @@ class JobSpec(_Section):
     score: ScoreSpec = ScoreSpec()
     embed: EmbedSpec = EmbedSpec()
     structured_outputs: StructuredOutputsSpec = StructuredOutputsSpec()
+    vote: Literal["majority"] | None = None
+    vote_on: str = Field(
+        default="text", pattern=r"^(text|parsed(\..+)?)$", description="text, parsed, or parsed.member"
+    )
+    gold: str | None = Field(default=None, description="a column of right labels, to measure against")
+    review: ReviewSpec = ReviewSpec()
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
     errors: ErrorsSpec = ErrorsSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_lines_bring_their_prompts(cls, data: Any) -> Any:
+        source = data.get("input") if isinstance(data, Mapping) else None
+        is_batch = isinstance(source, Mapping) and source.get("format") == "openai-batch"
+        return {"prompt": {"column": "body"}, **data} if is_batch else data
+
+    @property
+    def has_batch_lines(self) -> bool:
+        """Whether each row is an OpenAI request, which brings its own prompt and settings."""
+        return self.input.format == "openai-batch"
+
+    @model_validator(mode="after")
+    def _batch_lines_are_answered_as_they_ask(self) -> Self:
+        if not self.has_batch_lines:
+            return self
+        if self.task != "generate" or self.prompt.column != "body":
+            raise ValueError("input.format: openai-batch is for task: generate, with prompt.column: body")
+        if self.structured_outputs.is_set or self.vote is not None or self.input.sampling_column is not None:
+            raise ValueError(
+                "input.format: openai-batch: each line says itself what structured_outputs, vote and "
+                "input.sampling_column would say"
+            )
+        if self.output.columns is not None and not {"custom_id", "url", "body"} <= set(self.output.columns):
+            raise ValueError("output.columns: custom_id, url and body are needed to export openai-batch")
+        return self
 
     @model_validator(mode="after")
     def _task_has_its_settings(self) -> Self:
@@ -424,6 +468,22 @@ class JobSpec(_Section):
             raise ValueError(f"input.sampling_column: nothing is sampled by task: {self.task}")
         return self
 
+    @model_validator(mode="after")
+    def _labels_can_be_judged(self) -> Self:
+        if self.vote is not None and self.sampling.n < 2:
+            raise ValueError("vote: needs sampling.n of 2 or more")
+        if self.vote is None and self.vote_on != "text":
+            raise ValueError("vote_on: only with vote: majority")
+        if self.vote_on != "text" and not self.structured_outputs.is_set:
+            raise ValueError(f"vote_on: {self.vote_on} needs structured_outputs")
+        if self.review.below is not None and self.task != "classify" and self.vote is None:
+            raise ValueError("review.below: needs a confidence: task: classify, or vote: majority")
+        if self.gold is not None and self.task not in ("generate", "classify"):
+            raise ValueError(f"gold: task: {self.task} gives no labels")
+        if self.gold is not None and self.output.columns is not None and self.gold not in self.output.columns:
+            raise ValueError(f"gold: {self.gold!r} must be among output.columns")
+        return self
+
     def result_config(self) -> dict[str, Any]:
         """The settings that decide what the output says; another value is another run.
 
@@ -435,7 +495,10 @@ class JobSpec(_Section):
         return {
             "task": dump["task"],
             **{name: dump[name] for name in sections},
-            "model": {k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "device")},
+            "review": dump["review"],
+            "model": {
+                k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "device")
+            },
             "input": {
                 k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")
             },
@@ -451,6 +514,8 @@ _TASK_OF_SECTION = {
     "score": "score",
     "embed": "embed",
     "structured_outputs": "generate",
+    "vote": "generate",
+    "vote_on": "generate",
 }
 
 
@@ -601,13 +666,14 @@ def apply_fragment(document: Mapping[str, Any], directories: Iterable[Path]) -> 
     return dict(document)
 
 
-def find_model(name: str, directories: Iterable[Path]) -> ModelSpec:
-    """The model of a job that says only ``model.model: name``.
+def find_model(name: str, directories: Iterable[Path], **keys: Any) -> ModelSpec:
+    """The model of a job that says only ``model.model: name``, and ``keys`` that are not None.
 
     Raises:
         SpecError: as ``apply_fragment``, or the fragment's model is not valid.
     """
-    model = apply_fragment({"model": {"model": name}}, directories)["model"]
+    given = {key: value for key, value in keys.items() if value is not None}
+    model = apply_fragment({"model": {"model": name, **given}}, directories)["model"]
     try:
         return ModelSpec.model_validate(model)
     except ValidationError as error:
@@ -668,11 +734,46 @@ def load_spec(
         overrides: ``a.b=value``, the value in YAML.
         values: dotted key → value as it is; these win.
     """
+    specs = load_specs(path, overrides, values)
+    if len(specs) > 1:
+        raise SpecError(
+            f"{path}: model.revision lists {len(specs)} revisions, a job each; `b2batch run` runs them all, and "
+            f"for anything else choose one: --set model.revision=[{specs[0].model.revision}]"
+        )
+    return specs[0]
+
+
+def load_specs(
+    path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> list[JobSpec]:
+    """As ``load_spec``, but a job file that lists revisions of a model makes a spec of each.
+
+    Their outputs stand side by side in ``output.path``, or where ``{revision}`` stands in it.
+    """
     document = set_values(apply_overrides(read_yaml(Path(path)), overrides), values or {})
     try:
-        return parse_spec(apply_fragment(document, [Path(path).parent, Path.cwd()]))
+        resolved = apply_fragment(document, [Path(path).parent, Path.cwd()])
+        return [parse_spec(one) for one in _one_a_revision(resolved)]
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
+
+
+def _one_a_revision(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    model, output = document.get("model"), document.get("output")
+    revisions = model.get("revision") if isinstance(model, Mapping) else None
+    if not isinstance(revisions, list):
+        return [document]
+    names = [re.sub(r"[^\w.-]", "-", str(revision)) for revision in revisions]
+    if not names or len(set(names)) < len(names) or not all(isinstance(item, str) for item in revisions):
+        raise SpecError(f"model.revision: a list needs different revisions, in quotes, found {revisions}")
+    path = output.get("path") if isinstance(output, Mapping) else None
+    if not isinstance(path, str):
+        return [document]  # refused for its output
+    pattern = path if "{revision}" in path else f"{path.rstrip('/')}/{{revision}}"
+    return [
+        set_values(document, {"model.revision": revision, "output.path": pattern.replace("{revision}", name)})
+        for revision, name in zip(revisions, names, strict=True)
+    ]
 
 
 def _explain(fault: Any) -> str:

@@ -36,7 +36,7 @@ JOB_OF_ALL_COLUMNS: dict[str, Any] = {
 }
 
 OTHER_TASKS: list[dict[str, Any]] = [
-    {"structured_outputs": {"choice": ["a"]}},
+    {"structured_outputs": {"choice": ["a"]}, "vote": "majority", "review": {"below": 0.7}},
     {"task": "classify", "labels": ["a", "b"], "classify": {"threshold": 0.5}},
     {"task": "score", "score": {"column": "text"}},
     {"task": "embed"},

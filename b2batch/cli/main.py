@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from b2batch.cli.bench import bench
 from b2batch.cli.compact import compact
 from b2batch.cli.doctor import doctor
+from b2batch.cli.export import export
+from b2batch.cli.gc import gc
 from b2batch.cli.init import init
 from b2batch.cli.models import models
 from b2batch.cli.plan import plan
@@ -48,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-for verb in (init, validate, plan, preview, run, status, verify, compact, doctor, bench):
+for verb in (init, validate, plan, preview, run, status, verify, export, compact, gc, doctor, bench):
     app.command()(verb)
 app.add_typer(models, name="models")
 

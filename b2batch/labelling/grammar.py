@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 
 from b2batch.errors import SpecError
 from b2batch.outputs.parsed import closed, conform
@@ -29,7 +29,8 @@ def grammar_of(spec: StructuredOutputsSpec) -> str | None:
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in spec.choice)
         return _checked("choice", LLMatcher.grammar_from_lark(f"start: {texts}"))
     if spec.regex is not None:
-        return _checked("regex", LLMatcher.grammar_from_regex(spec.regex))
+        pattern = regex_to_lark(spec.regex, "d")  # \\d is 0-9: Unicode's digits differ by its version
+        return _checked("regex", LLMatcher.grammar_from_lark(f"start: /{pattern}/"))
     return None if spec.json is None else schema_grammar(spec.json)
 
 

@@ -9,6 +9,8 @@ __b2batch/1f3a9c7e/epoch/00000003.json    one a driver start
 __b2batch/1f3a9c7e/heartbeat.json  the lease of the newest epoch
 __b2batch/1f3a9c7e/status.json     progress, exit reason
 __b2batch/1f3a9c7e/errors.jsonl    the first failed rows, for eyes
+__b2batch/1f3a9c7e/metrics.json    the labels measured against gold
+__b2batch/1f3a9c7e/review/         rows that people should look at
 __b2batch/1f3a9c7e/tmp/            staging; removing it fences the writers of a replaced run
 __b2batch/5b1e77d0/merge.json      which parts a compaction replaces by which; 5b1e77d0 is in their names
 __b2batch/quarantine/              parts of no run of this directory, set aside by ``verify --quarantine``
@@ -68,6 +70,8 @@ class RunKeys:
         self.heartbeat = f"{self.root}/heartbeat.json"
         self.status = f"{self.root}/status.json"
         self.errors = f"{self.root}/errors.jsonl"
+        self.metrics = f"{self.root}/metrics.json"
+        self.review = f"{self.root}/review"
         self.staging = f"{self.root}/tmp"
         self.merge = f"{self.root}/merge.json"
 

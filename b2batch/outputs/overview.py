@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from b2batch.errors import OutputError
 from b2batch.outputs.document import read_document
@@ -34,7 +36,8 @@ class Overview:
 
     ``state`` is None when a driver began and was not heard of since; ``is_silent``: it should be
     running, but its driver is gone or has not been heard of for longer than the lease lasts.
-    ``failures`` are known once the run is finished, from the first 10,000 failed rows.
+    ``failures`` are known once the run is finished, from the first 10,000 failed rows; so are the
+    ``metrics`` of a job with gold labels.
     """
 
     output: str
@@ -56,6 +59,7 @@ class Overview:
     reason: str = ""
     num_skipped_blank: int | None = None
     failures: tuple[FailureKind, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def overview(store: Store, now: datetime) -> Overview:
@@ -82,6 +86,7 @@ def overview(store: Store, now: datetime) -> Overview:
         exit_code=3 if success.partial else 0,
         num_skipped_blank=success.num_skipped_blank,
         failures=_failures(store, RunKeys(generation.run8)),
+        metrics=_metrics(store, RunKeys(generation.run8)),
     )
 
 
@@ -118,6 +123,13 @@ def _read_success(store: Store, generation: Generation) -> Success | None:
         return Success.from_document(read_document(store, SUCCESS))
     except FileNotFoundError:
         return None
+
+
+def _metrics(store: Store, keys: RunKeys) -> Mapping[str, Any]:
+    try:
+        return read_document(store, keys.metrics)
+    except FileNotFoundError:
+        return {}
 
 
 def _failures(store: Store, keys: RunKeys) -> tuple[FailureKind, ...]:

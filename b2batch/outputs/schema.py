@@ -56,7 +56,17 @@ def own_columns(spec: JobSpec, hidden_size: int = 0) -> dict[str, pa.DataType]:
         columns["num_generated_tokens"] = pa.int32()
     if spec.prompt.on_too_long != "error":
         columns["prompt_truncated"] = pa.bool_()
-    return {**columns, **_task_columns(spec, hidden_size), "error": _ERROR}
+    columns |= _task_columns(spec, hidden_size)
+    if spec.review.below is not None:
+        columns["needs_review"] = pa.bool_()
+    return {**columns, "error": _ERROR}
+
+
+def confidence_column(spec: JobSpec) -> str | None:
+    """The own column that says how sure a row's label is, None where the job gives none."""
+    if spec.task == "classify":
+        return "label_score"
+    return None if spec.vote is None else "vote_share"
 
 
 def _task_columns(spec: JobSpec, hidden_size: int) -> dict[str, pa.DataType]:
@@ -73,9 +83,11 @@ def _task_columns(spec: JobSpec, hidden_size: int) -> dict[str, pa.DataType]:
         return columns
     if spec.structured_outputs.is_set:
         columns |= {"parsed": parsed_type(spec.structured_outputs), "parse_error": pa.string()}
-    if spec.sampling.n > 1:
+    if spec.sampling.n > 1 or spec.has_batch_lines:
         columns["samples"] = _SAMPLES
-    if spec.sampling.logprobs is not None:
+    if spec.vote is not None:
+        columns |= {"vote": voted_type(spec), "vote_share": pa.float64(), "agreement": pa.float64()}
+    if spec.sampling.logprobs is not None or spec.has_batch_lines:
         columns["logprobs"] = _LOGPROBS
     return columns
 
@@ -83,6 +95,26 @@ def _task_columns(spec: JobSpec, hidden_size: int) -> dict[str, pa.DataType]:
 def parsed_type(spec: StructuredOutputsSpec) -> pa.DataType:
     """The type of the ``parsed`` column; SpecError when a JSON schema fits none."""
     return pa.string() if spec.json is None else arrow_type(spec.json)
+
+
+def voted_type(spec: JobSpec) -> pa.DataType:
+    """The type of what is voted on.
+
+    Raises:
+        SpecError: the parsed answer has no such member, or it is a list or an object.
+    """
+    if spec.vote_on == "text":
+        return pa.string()
+    type_ = parsed_type(spec.structured_outputs)
+    for name in spec.vote_on.split(".")[1:]:
+        if not pa.types.is_struct(type_) or type_.get_field_index(name) < 0:
+            raise SpecError(f"vote_on: {spec.vote_on}: the schema has no member {name!r} there")
+        type_ = type_.field(name).type
+    if pa.types.is_nested(type_):
+        raise SpecError(
+            f"vote_on: {spec.vote_on} is a {type_}; a text, a number or a boolean can be voted on"
+        )
+    return type_
 
 
 def output_schema(input_schema: pa.Schema, spec: JobSpec, hidden_size: int = 0) -> pa.Schema:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from b2batch.engine.engine import Engine
 from b2batch.job import prepare_job
+from b2batch.labelling.judgement import judge
 from b2batch.models.loading import LoadedModel
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
@@ -63,5 +64,6 @@ def run(spec: JobSpec, loaded: LoadedModel) -> Ran:
             while units and worker.wants_unit:
                 worker.add_unit(units.pop(0), attempt=1)
             reports += worker.step()
+        judge(directory, job.plan, job.spec)
     assert [report.error for report in reports if report.error] == []
     return Ran(pq.read_table(spec.output.path).to_pylist(), engine)
