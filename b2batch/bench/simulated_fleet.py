@@ -31,6 +31,7 @@ from b2batch.telemetry import Progress
 _START_TIMEOUT_S = 600.0
 _NUM_CROWDS = 2
 _SETTLE_S = 5.0
+_FEW_LEASES = 4  # two begun, one that is not, and the one that ends
 _STEPS_PER_S = 20.0
 
 
@@ -52,13 +53,14 @@ class _StandIn:
         self.leases += leases
 
     def next_report_s(self) -> float:
-        """When a unit ends."""
-        return self.unit_ends_s if self.leases else float("inf")
+        """When a replica would tell: as soon as a unit ends, but for those that have enough left to do."""
+        num_waiting = max(0, len(self.leases) - _FEW_LEASES)
+        return self.unit_ends_s + num_waiting * self.unit_s if self.leases else float("inf")
 
     def answer(self, now_s: float) -> ReplicaUpdate:
         """What a poll that returns now is told."""
         reports: list[UnitReport] = []
-        while self.next_report_s() <= now_s:
+        while self.leases and self.unit_ends_s <= now_s:
             lease = self.leases.pop(0)
             reports.append(
                 UnitReport(lease.unit.index, lease.attempt, UnitCounts(num_ok=lease.unit.num_rows))

@@ -27,7 +27,7 @@ from b2batch.cluster.actions import (
     Lease,
     StartReplica,
 )
-from b2batch.cluster.policy import DispatchPolicy, Loss
+from b2batch.cluster.policy import LEASES_BEGUN, DispatchPolicy, Loss
 from b2batch.cluster.restarts import Restarts
 from b2batch.cluster.roster import Held, Member, Roster
 from b2batch.cluster.units import OpenUnit, UnitBook
@@ -64,6 +64,7 @@ class Dispatcher:
         ``describe_unit`` names one in an error; ``num_rows`` tells how many rows it has.
         """
         self._policy = policy
+        self._max_leases = policy.leases_per_replica
         self._describe = describe_unit
         self._roster = Roster()
         self._restarts = Restarts(policy)
@@ -130,8 +131,9 @@ class Dispatcher:
         if error is not None:
             return self._end(Fail(error))
         open_units = [index for index in replica.leases if self.units.get(index) is not None]
+        begun = list(replica.leases)[:LEASES_BEGUN]
         for unit_index in open_units:
-            self._take_back(replica_id, unit_index, loss, detail)
+            self._take_back(replica_id, unit_index, loss, detail, is_begun=unit_index in begun)
         if not self.num_ready:
             self._restarts.note_none_ready(now_s)
         return [*map(CheckCommitted, open_units), *self._feed(), *self._top_up()]
@@ -176,9 +178,15 @@ class Dispatcher:
         self.units.requeue(unit_index)
         return self._feed()
 
-    def on_stop(self) -> None:
-        """Lease and start nothing any more; reports still count."""
+    def on_stop(self) -> list[Action]:
+        """Lease and start nothing any more; what is begun goes on, and reports still count."""
         self._is_draining = True
+        taken = self._roster.take_unbegun()
+        for replica_id, unit_index, _ in taken:
+            unit = self.units.get(unit_index)
+            if unit is not None:
+                unit.holders.discard(replica_id)
+        return [Cancel(replica_id, unit_index, held.attempt) for replica_id, unit_index, held in taken]
 
     def on_tick(self, now_s: float) -> list[Action]:
         """Time went on: what hangs is killed, what is due is started. Call about once a second."""
@@ -198,7 +206,7 @@ class Dispatcher:
     def _has_room(self, replica: Member) -> bool:
         if self._is_draining or not replica.is_ready or self._now_s < self._paused_until_s:
             return False
-        if len(replica.leases) >= self._policy.max_leases:
+        if len(replica.leases) >= self._max_leases:
             return False
         return not any(map(self.units.is_quarantined, replica.leases))
 
@@ -212,7 +220,7 @@ class Dispatcher:
             if unit_index is None:
                 break
             leases.append(self._lease(replica_id, unit_index))
-        if len(replica.leases) < self._policy.max_leases:
+        if len(replica.leases) < self._max_leases:
             self._roster.hungry[replica_id] = None
         else:
             self._roster.hungry.pop(replica_id, None)
@@ -258,9 +266,9 @@ class Dispatcher:
         if not idle:
             return []
         wanted = [
-            (is_behind, held.since_s, unit_index)
-            for unit_index, held, is_behind in self._roster.leases()
-            if (is_behind or self._is_late(held)) and self._may_copy(unit_index)
+            (-position, held.since_s, unit_index)
+            for unit_index, held, position in self._roster.leases()
+            if (position or self._is_late(held)) and self._may_copy(unit_index)
         ]
         pairs = zip(idle, sorted(wanted), strict=False)
         return [self._copy(replica_id, unit_index) for replica_id, (_, _, unit_index) in pairs]
@@ -330,12 +338,14 @@ class Dispatcher:
         self.units.requeue(unit_index)
         return []
 
-    def _take_back(self, replica_id: int, unit_index: int, loss: Loss, detail: str) -> None:
+    def _take_back(
+        self, replica_id: int, unit_index: int, loss: Loss, detail: str, *, is_begun: bool
+    ) -> None:
         """A lost replica held this unit: what that says about its rows."""
         unit = self.units.take_back(unit_index, replica_id, detail)
         if loss is Loss.SUSPECT:
             unit.trusts_nan = True  # if it happens again elsewhere, it is the rows
-        if loss.may_be_a_row:
+        if loss.may_be_a_row and is_begun:
             if self.units.blame(unit_index, detail) and self._has_worked:
                 self._restarts.note_progress("")  # a row was found
         elif unit.quarantine is not None:

@@ -246,7 +246,7 @@ class _Driver:
     def _drain_if_asked(self) -> None:
         if self._drain_deadline_s is None and self._hooks.should_stop():
             logger.info("stopping: %d leased units may still be committed", self._dispatcher.num_leased)
-            self._dispatcher.on_stop()
+            self._apply(self._dispatcher.on_stop())
             self._drain_deadline_s = self._clock() + self._drain_grace_s
         if self._drain_deadline_s is None:
             return

@@ -20,6 +20,7 @@ from typing import Protocol
 from b2batch.rows import Caution, PieceBegun, UnitReport, WorkUnit
 from b2batch.telemetry import Progress
 
+_FEW_LEASES = 1  # not begun; with fewer the driver is to send more
 _MAX_MESSAGE_CHARS = 2_000
 _MAX_TRACEBACK_CHARS = 8_000
 
@@ -144,7 +145,7 @@ class Replica:
         with self._changed:
             self._acknowledge(num_known)
             self._accept(orders)
-            self._changed.wait_for(lambda: self._is_woken or bool(self._news), timeout_s)
+            self._changed.wait_for(lambda: self._is_woken or self._has_urgent_news(), timeout_s)
             self._is_woken = False
             return self._update()
 
@@ -178,6 +179,12 @@ class Replica:
                 self._inbox.append(order)
         if orders:
             self._changed.notify_all()
+
+    def _has_urgent_news(self) -> bool:
+        """Receipts can wait while there are units enough that are not begun; nothing else can."""
+        if len(self._inbox) <= _FEW_LEASES:
+            return bool(self._news)
+        return any(isinstance(item, PieceBegun) or item.error for item in self._news)
 
     def _cancel(self, order: CancelUnit) -> None:
         if self._seen.get(order.unit_index) != order.attempt:
@@ -229,12 +236,18 @@ class Replica:
     def _feed(self, worker: Worker) -> None:
         while self._cancelled:
             worker.drop_unit(self._cancelled.popleft())
-        while self._inbox and worker.wants_unit:
-            lease = self._inbox.popleft()
+        while worker.wants_unit and (lease := self._next_lease()):
             try:
                 worker.add_unit(lease.unit, lease.attempt, lease.caution, trusts_nan=lease.trusts_nan)
             except Exception as error:
                 self._publish([UnitReport(lease.unit.index, lease.attempt, error=error_text(error))])
+
+    def _next_lease(self) -> UnitLease | None:
+        with self._changed:
+            if not self._inbox:
+                return None
+            self._changed.notify_all()
+            return self._inbox.popleft()
 
     def _begin_piece(self, worker: Worker) -> bool:
         """Begin the piece whose turn it is, if there is one; whether the worker can go on."""

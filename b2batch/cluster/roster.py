@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from b2batch.cluster.policy import DispatchPolicy
+from b2batch.cluster.policy import LEASES_BEGUN, DispatchPolicy
 
 _MAX_TICK_S = 10.0
 
@@ -108,12 +108,20 @@ class Roster:
         """Ready replicas that hold nothing."""
         return [replica_id for replica_id in self.hungry if not self._members[replica_id].leases]
 
-    def leases(self) -> list[tuple[int, Held, bool]]:
-        """Each unit that is held, how, and whether its replica has an older lease to work on."""
+    def leases(self) -> list[tuple[int, Held, int]]:
+        """Each unit that is held, how, and how many older leases its replica has to work on."""
         return [
-            (unit_index, held, position > 0)
+            (unit_index, held, position)
             for member in self._members.values()
             for position, (unit_index, held) in enumerate(member.leases.items())
+        ]
+
+    def take_unbegun(self) -> list[tuple[int, int, Held]]:
+        """End the leases that no replica has come to: replica, unit, lease."""
+        return [
+            (replica_id, unit_index, member.leases.pop(unit_index))
+            for replica_id, member in self._members.items()
+            for unit_index in list(member.leases)[LEASES_BEGUN:]
         ]
 
     def forgive_pause(self, pause_s: float) -> None:

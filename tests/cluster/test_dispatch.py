@@ -243,7 +243,7 @@ def test_among_many_replicas_silence_is_borne_longer():
     """They answer more seldom where they have no news."""
     dispatcher, _ = started(num_units=4000, num_replicas=1000)
     now_s, _ = tick_until(dispatcher, 0.0, KillReplica, 300.0)
-    assert now_s == 160.0
+    assert now_s == 260.0
 
 
 def test_ready_and_starting_replicas_are_told_apart_through_losses():
@@ -329,6 +329,25 @@ def test_a_unit_waits_for_no_replica_that_is_gone():
     assert dispatcher.on_report(*failed(mine)) == []  # better on the other, once that has room
     actions = dispatcher.on_replica_lost(other.replica_id, Loss.NODE, "", 1.0)
     assert of(Lease, actions) == [Lease(mine.replica_id, mine.unit_index, 2)]
+
+
+def test_among_many_replicas_each_holds_more_units_and_two_are_begun():
+    dispatcher = make(num_units=5000, num_replicas=500)
+    start, *_ = dispatcher.start(0.0)
+    leases = dispatcher.on_replica_ready(start.replica_id, 0.0)
+    assert len(leases) == 6
+    again = dispatcher.on_replica_lost(start.replica_id, Loss.CRASH, "signal 11", 1.0)
+    for check in of(CheckCommitted, again):
+        dispatcher.on_unit_checked(check.unit_index, None)
+    blamed = [lease.unit_index for lease in leases if dispatcher.units.is_quarantined(lease.unit_index)]
+    assert blamed == [lease.unit_index for lease in leases[:2]]
+
+
+def test_draining_calls_off_what_is_not_begun():
+    dispatcher, leases = started(num_units=10, num_replicas=1, max_leases=4)
+    calls_off = dispatcher.on_stop()
+    assert calls_off == [Cancel(0, lease.unit_index, 1) for lease in leases[2:]]
+    assert dispatcher.num_leased == 2
 
 
 def test_draining_leases_and_starts_nothing_more():

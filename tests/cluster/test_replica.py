@@ -3,7 +3,7 @@ import threading
 import pytest
 from fake_worker import FakeWorker, make_units
 
-from b2batch.cluster.replica import Replica, ReplicaState, UnitLease
+from b2batch.cluster.replica import CancelUnit, Replica, ReplicaState, UnitLease
 
 WAIT_S = 10.0
 
@@ -105,6 +105,26 @@ def test_a_unit_that_cannot_be_taken_fails_alone(start):
     assert errors[0][:2] == ("OSError", "the input is gone")
     assert errors[1] is None
     assert update.state is ReplicaState.READY
+
+
+def test_receipts_wait_while_there_is_enough_to_do(start):
+    update = ready(start(step_s=0.02)).poll(0, leases(8), WAIT_S)
+    assert len(update.news) >= 4, "one call for several units"
+
+
+def test_a_failed_attempt_does_not_wait(start):
+    update = ready(start(step_s=0.2, harm="unreadable", hurt_by=1)).poll(0, leases(8), WAIT_S)
+    assert update.news[0].error is not None
+
+
+def test_a_cancelled_unit_is_not_computed(start, tmp_path):
+    replica = ready(start(step_s=0.05))
+    replica.poll(0, leases(6), 0.0)
+    replica.poll(0, (CancelUnit(5, 1), CancelUnit(4, 1)), 0.0)
+    reports, _ = collect(replica, (), 4)
+    assert sorted(report.unit_index for report in reports) == [0, 1, 2, 3]
+    assert replica.stop(WAIT_S)
+    assert len(list(tmp_path.glob("part-*"))) == 4
 
 
 def test_wake_ends_a_waiting_poll(start):
