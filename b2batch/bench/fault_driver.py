@@ -1,8 +1,8 @@
 """``python -m b2batch.bench.fault_driver SCRATCH VERB …``: b2batch with a store that fails on command.
 
 The command is the real one, and so are driver, replicas and model; only the local store obeys the switch in
-SCRATCH, and each replica notes there what it has generated, so that work done twice can be counted. The first
-replica suffers what FAULT_FAILPOINT says, in the words of ``b2batch.failpoints``.
+SCRATCH, and each replica notes there what it has generated, so that work done twice can be counted. With
+FAULT_HOLD set, whoever commits first waits before it does so, until ``release_in(SCRATCH)`` is there.
 """
 
 from __future__ import annotations
@@ -11,30 +11,44 @@ import json
 import os
 import runpy
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from b2batch import failpoints, worker
-from b2batch.bench.fault_scratch import FAILPOINT_VARIABLE, ledger_in, switch_in, token_in
+from b2batch import worker
+from b2batch.bench.fault_scratch import HOLD_VARIABLE, ledger_in, release_in, switch_in, token_in
 from b2batch.worker import WorkerArgs
 
+_POLL_S = 0.05
 _make_worker = worker.make_worker
 
 
 @dataclass(frozen=True, slots=True)
 class CountedWorkers:
-    """Makes the workers of a run. ``failpoint``, if set, is what the first one of them suffers."""
+    """Makes the workers of a run; with ``holds`` the first commit of all is a late one."""
 
     scratch: Path
-    failpoint: str = ""
+    holds: bool = False
 
     def __call__(self, args: WorkerArgs) -> Any:
         """Plant and make one, in the replica's process."""
         switch_in(self.scratch).plant()
-        if self.failpoint and _is_first(token_in(self.scratch)):
-            failpoints.arm(self.failpoint)
+        if self.holds:
+            worker.commit_part = _held(worker.commit_part, self.scratch)
         return _CountedWorker(_make_worker(args), ledger_in(self.scratch, os.getpid()))
+
+
+def _held(commit: Callable[..., Any], scratch: Path) -> Callable[..., Any]:
+    # Not by SIGSTOP: a stopped process whose parent dies is sent SIGHUP and SIGCONT by the kernel.
+    def act(*arguments: Any) -> Any:
+        if _is_first(token_in(scratch)):
+            while not release_in(scratch).exists():
+                time.sleep(_POLL_S)
+        return commit(*arguments)
+
+    return act
 
 
 class _CountedWorker:
@@ -67,7 +81,7 @@ def main() -> None:
     """Plant, then be ``b2batch``."""
     scratch = Path(sys.argv[1])
     switch_in(scratch).plant()
-    worker.make_worker = CountedWorkers(scratch, os.environ.get(FAILPOINT_VARIABLE, ""))
+    worker.make_worker = CountedWorkers(scratch, HOLD_VARIABLE in os.environ)
     sys.argv = ["b2batch", *sys.argv[2:]]
     runpy.run_module("b2batch", run_name="__main__")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from b2batch.bench.flaky_store import StoreSwitch
 
-FAILPOINT_VARIABLE = "FAULT_FAILPOINT"
+HOLD_VARIABLE = "FAULT_HOLD"
 
 
 def switch_in(scratch: Path) -> StoreSwitch:
@@ -16,8 +16,13 @@ def switch_in(scratch: Path) -> StoreSwitch:
 
 
 def token_in(scratch: Path) -> Path:
-    """Holds the pid of the replica that is to suffer at a failpoint."""
-    return scratch / "failpoint-taken"
+    """Holds the pid of the replica whose commit is held."""
+    return scratch / "held"
+
+
+def release_in(scratch: Path) -> Path:
+    """Once it is there, the held commit goes on."""
+    return scratch / "released"
 
 
 def ledger_in(scratch: Path, pid: int) -> Path:
