@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from b2batch.inputs.unreadable import UNREADABLE, scan_unreadable
 from b2batch.inputs.version import stored_version
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
+from b2batch.storage import retried
 
 _UNIT_FIELDS = ("file_index", "first_row", "num_rows", "start", "stop", "num_blank_before")
 _META_FILES, _META_SCHEMA, _META_DIGEST = b"b2batch.files", b"b2batch.schema", b"b2batch.digest"
@@ -124,6 +126,7 @@ def make_plan(spec: InputSpec, answer_tokens: int = 0) -> Plan:
 
     Raises:
         InputError: a file is missing, of an unknown format or corrupt, or the columns disagree.
+        StorageError: an object store failed each time it was asked.
     """
     files: list[InputFile] = []
     units: list[np.ndarray] = [np.empty((0, len(_UNIT_FIELDS)), np.int64)]
@@ -132,7 +135,8 @@ def make_plan(spec: InputSpec, answer_tokens: int = 0) -> Plan:
     for found in list_files(spec):
         if left == 0:
             break
-        file, scan = _scan(found, len(files), spec, answer_tokens)
+        scan_it = partial(_scan, found, len(files), spec, answer_tokens)
+        file, scan = retried(scan_it, found.uri)
         if file.format == "parquet":
             builder.add_arrow(file, scan.schema)
         else:

@@ -17,6 +17,7 @@ from b2batch.inputs.unreadable import file_errors
 from b2batch.inputs.version import check_unchanged
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
+from b2batch.storage import retried
 
 
 class UnitReader:
@@ -40,13 +41,17 @@ class UnitReader:
         Raises:
             DriftError: the file is not the one that was planned.
             InputError: the file is corrupt where the scan did not look, and ``on_bad_file`` is ``fail``.
+            StorageError: the object store failed each time it was asked.
         """
         file = self._files[unit.file_index]
         if file.fault:
             return file_errors(file, self._schema, unit, file.fault)
-        self._versions[file.index] = check_unchanged(file, self._versions.get(file.index, file.etag))
+        return retried(lambda: self._read(file, unit), file.uri)
+
+    def _read(self, file: InputFile, unit: WorkUnit) -> UnitRows:
+        self._look_at(file)
         try:
-            return self._rows_of(file).read(unit)
+            rows = self._rows_of(file).read(unit)
         except InputError as error:
             self.close()
             if self._spec.on_bad_file == "fail":
@@ -55,6 +60,11 @@ class UnitReader:
         except Exception:
             self.close()  # the stream stands nobody knows where: the next attempt begins anew
             raise
+        self._look_at(file)  # again: it may have been written while it was read
+        return rows
+
+    def _look_at(self, file: InputFile) -> None:
+        self._versions[file.index] = check_unchanged(file, self._versions.get(file.index, file.etag))
 
     def _rows_of(self, file: InputFile) -> OpenRows:
         if self._open is not None and self._open[0] == file.index:

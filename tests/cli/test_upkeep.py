@@ -1,11 +1,16 @@
-"""The verbs that look after an output: verify with its repairs, and compact."""
+"""The verbs that look after an output: verify with its repairs, compact, gc."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
@@ -131,4 +136,41 @@ def test_a_compacted_output_is_repaired_and_replaced_like_any(tmp_path: Path) ->
     b2batch("compact", out)
     commit_job(job, overwrite=True)
     assert len(parts(out)) == 5
+    assert b2batch("verify", job).exit_code == 0
+
+
+@pytest.mark.parametrize("failpoint", ["F8:kill:6", "F9:kill:5"])
+def test_compact_that_is_killed_loses_nothing_and_goes_on(tmp_path: Path, failpoint: str) -> None:
+    finish_job(tmp_path)
+    out = tmp_path / "out"
+    before = texts(out)
+    command = [sys.executable, "-m", "b2batch", "compact", str(out)]
+    ended = subprocess.run(command, env=os.environ | {"B2BATCH_FAILPOINT": failpoint}, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    assert set(texts(out)) == set(before)
+    assert not (out / "_SUCCESS").exists()
+    assert "compact" in b2batch("verify", out).stdout
+    assert b2batch("compact", out).exit_code == 0
+    assert texts(out) == before
+    assert len(parts(out)) == 1
+    assert b2batch("verify", out).exit_code == 0
+
+
+# --- gc ------------------------------------------------------------------------------------------
+
+
+def test_gc_tells_then_removes_what_is_left_over(tmp_path: Path) -> None:
+    job, out = finish_job(tmp_path), tmp_path / "out"
+    left = out / "__b2batch/deadbeef/run.json"
+    left.parent.mkdir()
+    left.write_bytes(b"{}")
+    os.utime(left, (1.0, 1.0))
+    told = b2batch("gc", job, "--dry-run")
+    assert told.exit_code == 0
+    assert "__b2batch/deadbeef/run.json" in told.stdout
+    assert "would go" in told.stdout
+    assert left.exists()
+    removed = json.loads(b2batch("gc", out, "--older-than", "30", "--json").stdout)
+    assert (removed["keys"], removed["num_bytes"]) == (["__b2batch/deadbeef/run.json"], 2)
+    assert not left.parent.exists()
     assert b2batch("verify", job).exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import socket
@@ -12,8 +13,12 @@ from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any
 
+import pytest
+from botocore.retries.standard import ExponentialBackoff
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+from b2batch.outputs import s3_store
 
 Environ = dict[str, Any]
 
@@ -94,7 +99,7 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if fault is Fault.LOST_REPLY:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            return []
+            raise ConnectionResetError
         if fault is Fault.CUT_BODY:
             return self._cut(environ, start_response)
         status, code = _REPLIES[fault]
@@ -110,8 +115,24 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
+    """The server with a bucket named ``bucket``, in an environment where it is S3; retries do not wait."""
     server = S3Server()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        patch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: 0.0)
+        patch.setattr(s3_store, "_pause", lambda attempt: None)
+        s3_store._make_client.cache_clear()
+        s3_store._make_client().create_bucket(Bucket="bucket")
         yield server
-    finally:
-        server.stop()
+    s3_store._make_client.cache_clear()
+    server.stop()

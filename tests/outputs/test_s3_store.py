@@ -16,10 +16,8 @@ import pytest
 pytest.importorskip("boto3")
 pytest.importorskip("moto")
 
-from botocore.retries import standard
-
 from b2batch.errors import Fenced, IntegrityError, OutputError, StorageError, StorageFull
-from b2batch.outputs import lease, s3_store
+from b2batch.outputs import lease
 from b2batch.outputs.layout import SUCCESS, RunKeys, part_name
 from b2batch.outputs.lease import take_epoch
 from b2batch.outputs.parts import commit_part
@@ -42,24 +40,8 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    with s3_server() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": running.endpoint,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        patch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.0)
-        patch.setattr(s3_store, "_pause", lambda attempt: None)
-        s3_store._make_client.cache_clear()
-        s3_store._make_client().create_bucket(Bucket="bucket")
+    with s3_server() as running:
         yield running
-    s3_store._make_client.cache_clear()
 
 
 @pytest.fixture
