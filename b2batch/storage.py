@@ -18,6 +18,11 @@ from b2batch.errors import SpecError, StorageError
 from b2batch.spec import resolve_env
 
 _TRIES = 3
+_PASSING = re.compile(
+    r"SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING"
+    r"|HTTP status 5|timed? ?out|connection",
+    re.IGNORECASE,
+)
 _Result = TypeVar("_Result")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
 _QUERY_SECRET = re.compile(r"([?&][^=&\s]*(?:secret|token|key|password|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
@@ -26,6 +31,11 @@ _QUERY_SECRET = re.compile(r"([?&][^=&\s]*(?:secret|token|key|password|sig)[^=&\
 def mask_credentials(text: str) -> str:
     """``text`` without the user, password and secret query values of any URI in it."""
     return _QUERY_SECRET.sub(r"\1***", _USER_INFO.sub("***@", text))
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether an error of a remote file system is about the way to the bytes, and not about the request."""
+    return isinstance(error, OSError) and error.errno is None and bool(_PASSING.search(str(error)))
 
 
 def retried(call: Callable[[], _Result], place: str) -> _Result:

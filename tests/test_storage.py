@@ -18,6 +18,7 @@ pytest.importorskip("moto")
 from outputs.s3_server import Fault, S3Server, s3_server
 
 from b2batch.errors import DriftError, InputError, SpecError, StorageError
+from b2batch.inputs import listing
 from b2batch.inputs.plan import Plan, make_plan
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.outputs.s3_store import S3Store
@@ -94,6 +95,15 @@ def test_only_what_may_pass_is_asked_again(
     with pytest.raises(raised):
         retried(call, "s3://bucket/a")
     assert len(calls) == num_calls
+
+
+def test_a_listing_that_fails_is_the_stores_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("When listing objects: AWS Error SLOW_DOWN during ListObjectsV2 operation")
+
+    monkeypatch.setattr(listing, "_look_up", fail)
+    with pytest.raises(StorageError, match="SLOW_DOWN"):
+        plan_of("s3://bucket/in")
 
 
 def test_nothing_there(server: S3Server) -> None:

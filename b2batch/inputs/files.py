@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from b2batch.errors import InputError
 from b2batch.spec import mask_env
-from b2batch.storage import open_filesystem
+from b2batch.storage import mask_credentials, open_filesystem
 
 ALLOWED = "JSON Lines (plain, gzip or zstd) and Parquet"
 _SNIFF_BYTES = 64 * 1024
@@ -32,7 +32,6 @@ _FOREIGN_MAGIC = {
     b"\xfe\xff": "UTF-16 text",
 }
 _JSONL_NAME = re.compile(r"\.(jsonl|ndjson|jsonlines)(\.(gz|gzip|zst|zstd))?$", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"://[^/@]*@")
 # Faults of the path to the bytes, not of the bytes: left as they are, because trying again may help.
 _REMOTE_FAULT = re.compile(r"AWS Error|google::cloud|curl|[Tt]imed? ?out|[Cc]onnection")
 _CALLER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
@@ -56,7 +55,7 @@ class FoundFile:
     def uri(self) -> str:
         """Where the file stands, for people: credentials in it are masked."""
         root, mark, query = self.root.partition("?")
-        return mask_credentials(f"{root.rstrip('/')}/{self.path}{mark}{query}")
+        return mask_secrets(f"{root.rstrip('/')}/{self.path}{mark}{query}")
 
     def locate(self) -> tuple[pafs.FileSystem, str]:
         """The file system and the path within it."""
@@ -82,9 +81,9 @@ class InputFile(FoundFile):
     fault: str = ""
 
 
-def mask_credentials(text: str) -> str:
-    """``text`` without the user and password of any URI, and without what the environment put in."""
-    return _CREDENTIALS.sub("://***@", mask_env(text))
+def mask_secrets(text: str) -> str:
+    """``text`` without the credentials of any URI, and without what the environment put in."""
+    return mask_credentials(mask_env(text))
 
 
 @contextmanager
@@ -110,7 +109,7 @@ def _may_pass(error: OSError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return mask_credentials((str(error).splitlines() or [type(error).__name__])[0][:500])
+    return mask_secrets((str(error).splitlines() or [type(error).__name__])[0][:500])
 
 
 def recognise(file: FoundFile, wanted: str) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from b2batch.errors import InputError
-from b2batch.inputs.files import FoundFile, mask_credentials
+from b2batch.errors import InputError, StorageError
+from b2batch.inputs.files import FoundFile, mask_secrets
 from b2batch.spec import InputSpec, resolve_env
-from b2batch.storage import open_filesystem
+from b2batch.storage import may_pass, open_filesystem
 
 _HIDDEN = ("_", ".")
 
@@ -52,6 +52,7 @@ def list_files(spec: InputSpec) -> list[FoundFile]:
 
     Raises:
         InputError: a path does not exist, or a pattern or directory gives no file.
+        StorageError: an object store does not answer.
     """
     matches = [match for text in spec.path for match in _matches(text)]
     files = {(file.root, file.path): file for file in _rooted(matches)}
@@ -66,9 +67,11 @@ def _matches(text: str) -> list[_Match]:
     try:
         found = list(_look_up(base, pattern))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(mask_credentials(f"input.path: {text}: cannot be listed: {error}")) from error
+        if may_pass(error):
+            raise StorageError(mask_secrets(f"input.path: {text}: cannot be listed: {error}")) from error
+        raise InputError(mask_secrets(f"input.path: {text}: cannot be listed: {error}")) from error
     if not found:
-        raise InputError(mask_credentials(f"input.path: {text}: {_nothing_found(base, pattern)}"))
+        raise InputError(mask_secrets(f"input.path: {text}: {_nothing_found(base, pattern)}"))
     return found
 
 
