@@ -25,6 +25,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,7 +58,8 @@ def _armed(setting: str) -> Callable[[str], None]:
 
     def pass_by(name: str) -> None:
         if name == target and next(passings) == last_passing:
-            os.kill(os.getpid(), number)
+            # To this very thread: of a signal to the process it might notice nothing for a moment.
+            signal.pthread_kill(threading.get_ident(), number)
 
     return pass_by
 

@@ -69,13 +69,21 @@ class DisturbedRun:
         self._output = disk.path / f"out-{tally.num_runs}"
         self._watch = OutputWatch(self._output)
         self._injector = Injector(random, cluster, switch_in(scratch), disk, self._output, self._start)
+        self._drivers: list[DriverProcess] = []
         self._waiting: list[tuple[FaultKind, float]] = []  # faults after which nothing new came yet
         self._num_in_flight_bound = 0
         self._rss: list[tuple[float, int]] = []
         self._store_suffered = False
 
     def go(self, deadline_s: float, on_progress: Callable[[str], None]) -> None:
-        """Until the job is done; no faults any more after ``deadline_s``."""
+        """Until the job is done; no faults any more after ``deadline_s``. No driver is left behind."""
+        try:
+            self._go(deadline_s, on_progress)
+        finally:
+            for driver in self._drivers:
+                driver.end()
+
+    def _go(self, deadline_s: float, on_progress: Callable[[str], None]) -> None:
         started_s = time.monotonic()
         count_generated(self._scratch)
         driver = self._start()
@@ -101,7 +109,8 @@ class DisturbedRun:
         job = self._scratch / f"{self._output.name}.json"
         job.write_text(json.dumps(make_job(self._scratch, self._output, self._workload)))
         address = ("--address", self._cluster.address)
-        return DriverProcess(self._scratch, job, self._cluster.environment, *address)
+        self._drivers.append(DriverProcess(self._scratch, job, self._cluster.environment, *address))
+        return self._drivers[-1]
 
     def _restart(self) -> DriverProcess:
         if not self._cluster.is_alive:

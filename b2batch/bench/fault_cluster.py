@@ -24,13 +24,14 @@ _QUICK_HEALTH_CHECKS = {
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
     "RAY_memory_monitor_refresh_ms": "0",  # other processes of this machine are not part of the test
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "OMP_NUM_THREADS": "1",
 }
 _OBJECT_STORE_BYTES = 80 << 20
 _END_TIMEOUT_S = 10.0
-_REPLICA_TITLE = "ray::Replica"
+_ACTOR_TITLE, _IDLE_TITLE = "ray::", "ray::IDLE"
 
 
 class FaultCluster:
@@ -95,7 +96,7 @@ class FaultCluster:
             if node is not None:
                 _end(node)
         for pid in self._strays:
-            if _title(pid).startswith(_REPLICA_TITLE):
+            if _is_actor(pid):
                 os.kill(pid, signal.SIGKILL)
         self._cluster, self._nodes, self._strays = None, [], []
         if self._directory is not None:
@@ -170,7 +171,12 @@ def _end(node: Any) -> None:
 
 
 def _replicas_of(raylet: int) -> list[int]:
-    return [pid for pid in _all_pids() if _title(pid).startswith(_REPLICA_TITLE) and _parent(pid) == raylet]
+    return [pid for pid in _all_pids() if _is_actor(pid) and _parent(pid) == raylet]
+
+
+def _is_actor(pid: int) -> bool:
+    title = _title(pid)
+    return title.startswith(_ACTOR_TITLE) and not title.startswith(_IDLE_TITLE)
 
 
 def _all_pids() -> list[int]:

@@ -57,7 +57,10 @@ def run_calm(scratch: Path, cluster: FaultCluster, workload: FaultsWorkload) -> 
     job = scratch / "calm.json"
     job.write_text(json.dumps(make_job(scratch, output, workload)))
     driver = DriverProcess(scratch, job, cluster.environment, "--address", cluster.address)
-    if driver.wait(_CALM_TIMEOUT_S) != 0:
+    try:
+        code = driver.wait(_CALM_TIMEOUT_S)
+    finally:
         driver.end()
+    if code != 0:
         raise MeasurementFailed(f"the undisturbed run failed: {driver.tail()}")
     return read_rows(output)

@@ -14,7 +14,7 @@ from b2batch.bench.invariants import OutputWatch, Row, check_finished, read_rows
 from b2batch.errors import B2BatchError
 from b2batch.proof import verify_output
 
-from .local_job import NUM_ROWS, make_spec, run_locally
+from .local_job import NUM_REPLICAS, NUM_ROWS, make_spec, run_locally
 from .mutants import MUTANTS, planted
 from .process_fleet import DEATHS, ReplicaPlan
 
@@ -35,8 +35,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Row]:
 
 
 def suffer_first(failpoint: str, mutant: str = "") -> Callable[[int], ReplicaPlan]:
-    """The first replica suffers; all have the same bug."""
-    return lambda replica_id: ReplicaPlan(failpoint if replica_id == 0 else "", mutant)
+    """The first replicas suffer, those that replace them are well; all have the same bug."""
+    return lambda replica_id: ReplicaPlan(failpoint if replica_id < NUM_REPLICAS else "", mutant)
 
 
 def find_violations(output: Path, calm: Sequence[Row], failpoint: str, mutant: str) -> list[str]:
@@ -62,7 +62,8 @@ def test_a_replica_killed_at_any_step_costs_work_and_no_row(tmp_path: Path, calm
 
 def test_a_unit_that_was_committed_before_the_kill_is_not_computed_again(tmp_path: Path, calm) -> None:
     run = run_locally(make_spec(tmp_path), suffer_first("F9:kill"))
-    assert (run.totals.num_replicas_lost, run.totals.counts.num_ok) == (1, NUM_ROWS)
+    assert run.totals.num_replicas_lost >= 1, "the other may have come too late to suffer"
+    assert run.totals.counts.num_ok == NUM_ROWS
     assert check_finished(tmp_path, calm) == []
 
 
@@ -70,18 +71,18 @@ def test_the_commit_of_a_late_zombie_loses(tmp_path: Path, calm) -> None:
     run = run_locally(make_spec(tmp_path), suffer_first("F6:stop"))
     watch = OutputWatch(tmp_path)
     watch.look()
-    [zombie] = run.strays
-    [report, *_] = zombie.go_on()
-    assert not report.newly_committed
+    assert run.strays
+    for zombie in run.strays:
+        assert not zombie.go_on()[0].newly_committed
     assert [*watch.look(), *check_finished(tmp_path, calm)] == []
 
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_replica_that_dies_in_any_way_is_replaced(tmp_path: Path, calm, death: str) -> None:
     run = run_locally(
-        make_spec(tmp_path), lambda replica_id: ReplicaPlan(death=death if replica_id == 0 else "")
+        make_spec(tmp_path), lambda replica_id: ReplicaPlan(death=death if replica_id < NUM_REPLICAS else "")
     )
-    assert run.totals.num_replicas_lost == 1
+    assert run.totals.num_replicas_lost >= 1
     assert check_finished(tmp_path, calm) == []
 
 
