@@ -13,9 +13,9 @@ from b2batch.outputs.document import read_document
 from b2batch.outputs.generation import Generation, latest_generation
 from b2batch.outputs.layout import SUCCESS, RunKeys
 from b2batch.outputs.lease import LEASE_TTL_S, newest_owner
+from b2batch.outputs.run import read_success
 from b2batch.outputs.status import RunState, Status, read_status
 from b2batch.outputs.store import Store
-from b2batch.outputs.success import Success
 from b2batch.rows import UnitCounts
 
 
@@ -74,9 +74,9 @@ def overview(store: Store, now: datetime) -> Overview:
         raise OutputError(f"{store.uri} holds no b2batch run")
     status = read_status(store)
     view = Overview(store.uri, generation.run_id, None) if status is None else _of_status(store, status, now)
-    success = _read_success(store, generation)
+    success = read_success(store, generation)
     if success is None:
-        return view
+        return view if view.state is not RunState.SUCCEEDED else replace(view, reason=_unsigned(generation))
     return replace(
         view,
         state=RunState.SUCCEEDED,
@@ -88,6 +88,13 @@ def overview(store: Store, now: datetime) -> Overview:
         failures=_failures(store, RunKeys(generation.run8)),
         metrics=_metrics(store, RunKeys(generation.run8)),
     )
+
+
+def _unsigned(generation: Generation) -> str:
+    """Why a run that had succeeded is not signed any more."""
+    if generation.is_merging:
+        return "a compaction was cut short: `b2batch compact` or the same run command completes it"
+    return f"{SUCCESS} was removed, as by `verify --repair`: the same run command makes what is missing"
 
 
 def _of_status(store: Store, status: Status, now: datetime) -> Overview:
@@ -114,15 +121,6 @@ def _of_status(store: Store, status: Status, now: datetime) -> Overview:
         exit_code=status.exit_code,
         reason=status.reason,
     )
-
-
-def _read_success(store: Store, generation: Generation) -> Success | None:
-    if not generation.erased:
-        return None  # the one that stands there is of the run that is being replaced
-    try:
-        return Success.from_document(read_document(store, SUCCESS))
-    except FileNotFoundError:
-        return None
 
 
 def _metrics(store: Store, keys: RunKeys) -> Mapping[str, Any]:

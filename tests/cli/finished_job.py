@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from b2batch.inputs.unit_reader import UnitReader
@@ -10,6 +11,7 @@ from b2batch.job import prepare_job
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
 from b2batch.outputs.run import RunDirectory
+from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
 from b2batch.rows import FinishReason, Generation, ResultRow, Sample
 from b2batch.spec import load_spec
@@ -39,7 +41,21 @@ def commit_job(job_file: Path, *, overwrite: bool = False) -> Store:
             origin = PartOrigin(job.record.run_id, file, epoch.number, 1, "w0", job.record.provenance)
             results = [_answer(row.row_id) for row in read.rows]
             commit_part(store, encode_part(unit, read.rows, read.columns, results, job.schema, origin))
-        finalise(run, job.plan.units, job.schema, num_skipped_blank=0, max_error_rate=0.01)
+        success = finalise(run, job.plan.units, job.schema, num_skipped_blank=0, max_error_rate=0.01)
+        now, num_units = datetime.now(UTC).isoformat(), len(job.plan.units)
+        done = Status(
+            run_id=job.record.run_id,
+            state=RunState.SUCCEEDED,
+            epoch=epoch.number,
+            num_units=num_units,
+            num_units_committed=num_units,
+            counts=success.counts,
+            num_replicas=0,
+            started=now,
+            updated=now,
+            exit_code=0,
+        )
+        write_status(store, done)
     return store
 
 

@@ -44,6 +44,7 @@ def test_verify_repairs_what_was_damaged_and_the_run_makes_only_that_again(tmp_p
     for path in (gone, cut, flipped):
         assert path.name in found.stdout
     assert b2batch("verify", out, "--repair").exit_code == 4
+    assert "_SUCCESS was removed" in b2batch("status", out).stdout
     assert {path.name for path in parts(out)} == before.keys() - {gone.name, cut.name, flipped.name}
     commit_job(job)
     assert b2batch("verify", job).exit_code == 0
@@ -149,7 +150,8 @@ def test_compact_that_is_killed_loses_nothing_and_goes_on(tmp_path: Path, failpo
     assert ended.returncode == -signal.SIGKILL
     assert set(texts(out)) == set(before)
     assert not (out / "_SUCCESS").exists()
-    assert "compact" in b2batch("verify", out).stdout
+    for verb in ("verify", "status"):
+        assert "a compaction was cut short: `b2batch compact`" in b2batch(verb, out).stdout
     assert b2batch("compact", out).exit_code == 0
     assert texts(out) == before
     assert len(parts(out)) == 1
