@@ -737,8 +737,8 @@ def load_spec(
     specs = load_specs(path, overrides, values)
     if len(specs) > 1:
         raise SpecError(
-            f"{path}: model.revision lists {len(specs)} revisions, a job each; `b2batch run` runs them all, and "
-            f"for anything else choose one: --set model.revision=[{specs[0].model.revision}]"
+            f"{path}: model.revision lists {len(specs)} revisions, a job each: `b2batch run` runs them all; for "
+            f"anything else choose one: --set model.revision=[{specs[0].model.revision}]"
         )
     return specs[0]
 

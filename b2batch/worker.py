@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ import torch
 
 from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
-from b2batch.engine import guard, packing
+from b2batch.engine import guard, lockstep, packing
 from b2batch.engine.engine import Engine
 from b2batch.engine.heap import keep_freed_memory
 from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
@@ -37,6 +38,7 @@ from b2batch.failpoints import failpoint, is_poison, take_poison
 from b2batch.inputs.files import InputFile
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.models.loading import LoadedModel, load_model
+from b2batch.models.sharding import shard
 from b2batch.outputs.parts import Part, PartOrigin, commit_part, encode_part
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
@@ -97,14 +99,37 @@ def make_worker(args: WorkerArgs) -> Worker:
     Raises:
         CallerError: the checkpoint or the spec cannot be used here.
     """
-    torch.set_num_threads(max(1, int(args.spec.cluster.cpus_per_replica)))
+    num_ranks = args.spec.engine.tensor_parallel_size
+    torch.set_num_threads(max(1, int(args.spec.cluster.cpus_per_replica / num_ranks)))
     refuse_too_large(args.spec)
-    loaded = load_model(args.spec.model)
+    if num_ranks > 1:
+        lockstep.start_followers(num_ranks, _follow, args.spec)
+    loaded = _load(args.spec, rank=0)
     return Worker(args, loaded, make_engine(args.spec, loaded))
 
 
-def make_engine(spec: JobSpec, loaded: LoadedModel) -> Engine:
-    """An engine for a loaded model, with its limits settled and its arithmetic checked."""
+def _load(spec: JobSpec, rank: int) -> LoadedModel:
+    loaded = load_model(spec.model)
+    if spec.engine.tensor_parallel_size > 1:
+        shard(loaded.model, rank, spec.engine.tensor_parallel_size)
+    return loaded
+
+
+def _follow(rank: int, num_ranks: int, store: Path, spec: JobSpec) -> None:
+    """The life of a process that has a part of the replica's model."""
+    torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica / num_ranks)))
+    lockstep.join(rank, num_ranks, store)
+    lockstep.repeat_forever(make_engine(spec, _load(spec, rank), Engine))
+
+
+def make_engine(
+    spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] | None = None
+) -> Engine:
+    """An engine for a loaded model, with its limits settled and its arithmetic checked.
+
+    In a replica of several processes it leads the others, unless a class is given.
+    """
+    is_split = spec.engine.tensor_parallel_size > 1
     codec = loaded.codec
     guard.refuse_windows(loaded.model, codec.max_model_len)
     expected = guard.reference_logits(loaded.model)
@@ -114,8 +139,10 @@ def make_engine(spec: JobSpec, loaded: LoadedModel) -> Engine:
     if device.type == "cpu":
         keep_freed_memory()
     limits = resolve_limits(spec.engine, loaded.model, codec.max_model_len, device)
+    if is_split:
+        limits = lockstep.agree(limits)
     vocab_size = loaded.model.config.get_text_config().vocab_size
-    engine = Engine(
+    engine = (engine_class or (lockstep.LeadingEngine if is_split else Engine))(
         loaded.model,
         limits,
         max_model_len=codec.max_model_len,

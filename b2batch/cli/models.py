@@ -58,6 +58,26 @@ def show(
         print_facts(_lines(facts))
 
 
+@models.command("quantize")
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A name, a hub id, ms://owner/name or a directory.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
+    method: Annotated[
+        str | None, typer.Option("--to", metavar="nf4|int8", help="How; a quantised SRC keeps its own.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model's weights quantised, in a format that loads without quantising again."""
+    log_to_stderr(verbose)
+    from b2batch.models.saving import quantize_checkpoint
+    from b2batch.spec import find_model
+
+    num_bytes = quantize_checkpoint(find_model(source, [Path.cwd()], quantization=method), destination)
+    typer.echo(f"{destination}: {size(num_bytes)} of weights")
+
+
 def _lines(facts: ModelFacts) -> Iterator[tuple[str, str]]:
     yield "model", facts.source
     yield "type", f"{facts.model_type}: {facts.variant}"

@@ -43,10 +43,28 @@ def read_job(
     """
     from b2batch.spec import load_spec
 
+    return load_spec(*_job_file(job, config, overrides, values))
+
+
+def read_jobs(
+    job: Path | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    values: dict[str, Any],
+) -> list[JobSpec]:
+    """As ``read_job``, for a verb that runs each of a list of revisions."""
+    from b2batch.spec import load_specs
+
+    return load_specs(*_job_file(job, config, overrides, values))
+
+
+def _job_file(
+    job: Path | None, config: Path | None, overrides: list[str] | None, values: dict[str, Any]
+) -> tuple[Path, list[str], dict[str, Any]]:
     if (job is None) == (config is None):
         raise typer.BadParameter("give one job file: b2batch VERB JOB.yaml, or -c JOB.yaml")
     given = {key: value for key, value in values.items() if value}
-    return load_spec(job or config or "", overrides or (), given)
+    return job or config or Path(), overrides or [], given
 
 
 def is_job_file(target: str) -> bool:

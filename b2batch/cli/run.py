@@ -9,14 +9,14 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, read_job
+from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, read_jobs
 from b2batch.cli.overview import overview_facts
 from b2batch.cli.printing import duration, print_facts, print_json
-from b2batch.errors import B2BatchError, CallerError, IntegrityError, RunLocked
+from b2batch.errors import B2BatchError, CallerError, ErrorBudgetExceeded, IntegrityError, RunLocked
 
 if TYPE_CHECKING:
     from b2batch.job import JobResult, RunOptions
@@ -52,7 +52,7 @@ def run(
     Exit codes: 0 done; 1 failed, run again; 2 the job is wrong; 3 done, too many failed rows; 4 the output
     is another run's; 75 stopped, run again; 99 another driver works on it; 130, 143 forced.
     """
-    spec = read_job(
+    specs = read_jobs(
         job,
         config,
         overrides,
@@ -67,6 +67,23 @@ def run(
     from b2batch.job import RunOptions
 
     options = RunOptions(overwrite=overwrite, takeover=takeover, allow_foreign=allow_foreign)
+    ends, error = [], None
+    for spec in specs:
+        end, failed = _run_one(spec, options, verbose, as_json)
+        ends.append(end)
+        error = failed or error
+        if failed is not None and not isinstance(failed, ErrorBudgetExceeded):
+            break  # what stopped this revision would stop the others
+    if as_json:
+        print_json(ends if len(specs) > 1 else ends[0])
+    if error is not None:
+        raise error
+
+
+def _run_one(
+    spec: JobSpec, options: RunOptions, verbose: bool, as_json: bool
+) -> tuple[dict[str, Any], B2BatchError | None]:
+    """Run a job and tell people how it ended; the same for programs, and its error."""
     started_s = time.monotonic()
     result, error = None, None
     try:
@@ -74,9 +91,16 @@ def run(
     except B2BatchError as caught:
         error = caught
     view = _standing(spec, result, error)
-    _tell_end(view, error, time.monotonic() - started_s, as_json)
-    if error is not None:
-        raise error
+    wall_s = time.monotonic() - started_s
+    end = {
+        "exit_code": error.exit_code if error else 0,
+        "reason": str(error or ""),
+        "wall_s": round(wall_s, 1),
+        "run": None if view is None else asdict(view),
+    }
+    if not as_json:
+        _tell_end(end, view, wall_s)
+    return end, error
 
 
 def _drive(spec: JobSpec, options: RunOptions, verbose: bool) -> JobResult:
@@ -115,16 +139,7 @@ def _standing(spec: JobSpec, result: JobResult | None, error: B2BatchError | Non
         return None  # stopped before there was an output
 
 
-def _tell_end(view: Overview | None, error: B2BatchError | None, wall_s: float, as_json: bool) -> None:
-    end = {
-        "exit_code": error.exit_code if error else 0,
-        "reason": str(error or ""),
-        "wall_s": round(wall_s, 1),
-        "run": None if view is None else asdict(view),
-    }
-    if as_json:
-        print_json(end)
-        return
+def _tell_end(end: dict[str, Any], view: Overview | None, wall_s: float) -> None:
     if not sys.stderr.isatty():
         typer.echo(json.dumps(end, ensure_ascii=False), err=True)  # for schedulers that lose exit codes
     if view is not None:

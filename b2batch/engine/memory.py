@@ -24,6 +24,11 @@ _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a hos
 def refuse_too_large(spec: JobSpec) -> None:
     """Before minutes of loading: ModelError if the model and one sequence do not fit the device here."""
     device = pick_device(spec.model)
+    if device.type == "cuda" and spec.engine.tensor_parallel_size > 1:
+        raise SpecError(
+            "engine.tensor_parallel_size: only CPU replicas are split over processes in this version, and "
+            "this one is on a GPU"
+        )
     checkpoint = open_checkpoint(spec.model, weights=False)
     dtype = str(pick_dtype(spec.model, checkpoint, device)).removeprefix("torch.")
     max_model_len = family_of(checkpoint).codec(checkpoint, spec.model).max_model_len

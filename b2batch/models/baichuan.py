@@ -45,6 +45,7 @@ class BaichuanConfig(PreTrainedConfig):
 
     model_type = "baichuan"
     keys_to_ignore_at_inference = ("past_key_values",)
+    num_ranks = 1  # processes that share the heads; see models/sharding.py
 
     vocab_size: int = 125_696
     hidden_size: int = 4096
@@ -81,8 +82,8 @@ class BaichuanConfig(PreTrainedConfig):
 
     @property
     def num_key_value_heads(self) -> int:
-        """As many as query heads: the family has no grouped attention."""
-        return self.num_attention_heads
+        """Of this process. As many as query heads: the family has no grouped attention."""
+        return self.num_attention_heads // self.num_ranks
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -169,6 +170,7 @@ class BaichuanAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
+        self.first_head = 0
         self.head_dim = config.head_dim
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
@@ -188,7 +190,8 @@ class BaichuanAttention(nn.Module):
             return None
         device = self.o_proj.weight.device
         if self._slopes is None or self._slopes.device != device:
-            self._slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float32, device=device)
+            slopes = alibi_slopes(self.config.num_attention_heads)[self.first_head :][: self.num_heads]
+            self._slopes = torch.tensor(slopes, dtype=torch.float32, device=device)
         return self._slopes
 
     def forward(

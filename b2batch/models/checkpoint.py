@@ -22,7 +22,7 @@ from b2batch.models.adapter import Adapter, check_adapter
 from b2batch.models.config import check_config
 from b2batch.spec import ModelSpec, resolve_env
 
-_SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HASH_THREADS = 8
@@ -75,7 +75,7 @@ class Checkpoint:
         A hub's weights count by the revision, which the hub keeps; local ones by their content.
         """
         total = hashlib.sha256(b"" if self.is_local else self.source.encode())
-        patterns = _SMALL_FILES + _WEIGHT_FILES if self.is_local else _SMALL_FILES
+        patterns = SMALL_FILES + _WEIGHT_FILES if self.is_local else SMALL_FILES
         for name, digest in _digests(self.directory, patterns).items():
             total.update(f"{name}\0{digest}\n".encode())
         if self.adapter is not None:
@@ -139,14 +139,16 @@ def _check_shards(directory: Path) -> None:
 def _locate(
     name: str, revision: str | None, weights: bool, field: str = "model.model"
 ) -> tuple[Path, str, bool]:
-    if name in EMBEDDED_MODELS:
-        return EMBEDDED_MODELS[name], name, True
+    path = EMBEDDED_MODELS.get(name, Path(name).expanduser())
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"model.revision: {revision!r}, but {name} is a directory, which has no revisions"
+            )
+        return path, name, True
     if name.startswith("ms://"):
         directory = _from_modelscope(name.removeprefix("ms://"), revision, weights, field)
         return directory, f"{name}@{revision or 'master'}", False
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path, name, True
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         embedded = ", ".join(sorted(EMBEDDED_MODELS))
         raise ModelError(
@@ -161,7 +163,7 @@ def _from_huggingface(name: str, revision: str | None, weights: bool, field: str
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
+    patterns = list(SMALL_FILES + _WEIGHT_FILES) if weights else list(SMALL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -178,7 +180,7 @@ def _from_modelscope(name: str, revision: str | None, weights: bool, field: str)
         raise ModelError(
             f"{field}: ms:// needs the modelscope package: pip install 'b2batch[modelscope]'"
         ) from error
-    patterns = list(_SMALL_FILES + _WEIGHT_FILES) if weights else list(_SMALL_FILES)
+    patterns = list(SMALL_FILES + _WEIGHT_FILES) if weights else list(SMALL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision, allow_file_pattern=patterns))
     except Exception as error:  # modelscope raises bare exceptions of many kinds
