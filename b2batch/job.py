@@ -221,6 +221,7 @@ class _Run:
         self._num_units_committed = 0
         self._num_ready = 0
         self._num_lost = self._num_attempts = self._num_rows_again = self._num_out_of_memory = 0
+        self._num_reused_rows = 0
         self._next_status_s = 0.0
 
     def drive(self) -> JobResult:
@@ -331,6 +332,7 @@ class _Run:
         self._num_ready, self._num_lost = progress.num_ready, progress.num_lost
         self._num_attempts, self._num_rows_again = progress.num_attempts, progress.num_rows_again
         self._num_out_of_memory = progress.live.num_out_of_memory
+        self._num_reused_rows = progress.live.num_reused_rows
         self._options.on_progress(
             JobProgress(
                 num_rows=self._job.plan.num_rows,
@@ -393,6 +395,7 @@ class _Run:
                 num_replicas_lost=self._num_lost,
                 num_rows_again=self._num_rows_again,
                 num_out_of_memory=self._num_out_of_memory,
+                num_reused_rows=self._num_reused_rows,
                 started=self._started,
                 updated=_utc_now(),
                 rows_per_s=self._rows_per_s(),

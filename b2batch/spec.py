@@ -365,6 +365,7 @@ class EngineSpec(_Section):
     max_num_seqs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     max_num_batched_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = Field(
@@ -418,6 +419,7 @@ class JobSpec(_Section):
     )
     gold: str | None = Field(default=None, description="a column of right labels, to measure against")
     review: ReviewSpec = ReviewSpec()
+    dedup: bool = Field(default=True, description="run identical greedy requests once")
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()

@@ -30,6 +30,7 @@ class Progress:
     num_input_tokens: int = 0
     num_generated_tokens: int = 0
     num_running: int = 0
+    num_reused_rows: int = 0  # answered by the answer to an identical request
     num_out_of_memory: int = 0  # steps that ran out of memory and were made again with half the batch
 
     def __add__(self, other: Progress) -> Progress:
@@ -39,6 +40,7 @@ class Progress:
             self.num_input_tokens + other.num_input_tokens,
             self.num_generated_tokens + other.num_generated_tokens,
             self.num_running + other.num_running,
+            self.num_reused_rows + other.num_reused_rows,
             self.num_out_of_memory + other.num_out_of_memory,
         )
 
@@ -49,6 +51,7 @@ class Progress:
             self.num_input_tokens - other.num_input_tokens,
             self.num_generated_tokens - other.num_generated_tokens,
             self.num_running - other.num_running,
+            self.num_reused_rows - other.num_reused_rows,
             self.num_out_of_memory - other.num_out_of_memory,
         )
 

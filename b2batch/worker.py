@@ -29,6 +29,7 @@ import torch
 from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, lockstep, packing
+from b2batch.engine.deduplication import Deduplicator
 from b2batch.engine.engine import Engine
 from b2batch.engine.heap import keep_freed_memory
 from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
@@ -122,14 +123,14 @@ def _follow(rank: int, num_ranks: int, store: Path, spec: JobSpec) -> None:
     lockstep.repeat_forever(make_engine(spec, _load(spec, rank), Engine))
 
 
-def make_engine(
-    spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] | None = None
-) -> Engine:
+def make_engine(spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] | None = None) -> Engine:
     """An engine for a loaded model, with its limits settled and its arithmetic checked.
 
     In a replica of several processes it leads the others, unless a class is given.
     """
     is_split = spec.engine.tensor_parallel_size > 1
+    if spec.engine.kv_cache_dtype != "auto":
+        loaded.model.kv_cache_dtype = getattr(torch, spec.engine.kv_cache_dtype)
     codec = loaded.codec
     guard.refuse_windows(loaded.model, codec.max_model_len)
     expected = guard.reference_logits(loaded.model)
@@ -166,11 +167,11 @@ class Worker:
     def __init__(self, args: WorkerArgs, loaded: LoadedModel, engine: Engine) -> None:
         self._args = args
         self._worker_id = f"{socket.gethostname()}-{os.getpid()}"
-        self._engine = engine
         self._encoder = RowEncoder(args.spec, loaded.codec, loaded.checkpoint.generation_config)
         self._reader = UnitReader(args.files, args.input_schema, args.spec.input)
         self._store = open_store(args.output_uri, args.run_id)
         self._answers = make_reader(args.spec, self._encoder, engine, loaded.codec.tokenizer)
+        self._engine = Deduplicator(engine) if args.spec.dedup else engine
         hidden_size = loaded.model.config.get_text_config().hidden_size
         self._schema = output_schema(args.input_schema, args.spec, hidden_size)
         self._open: dict[int, _OpenUnit] = {}
@@ -202,7 +203,8 @@ class Worker:
 
     def progress(self) -> Progress:
         """Counters since the worker was built."""
-        return self._progress + Progress(num_running=self._engine.num_running)
+        num_reused = self._engine.num_reused if isinstance(self._engine, Deduplicator) else 0
+        return self._progress + Progress(num_running=self._engine.num_running, num_reused_rows=num_reused)
 
     def add_unit(
         self, unit: WorkUnit, attempt: int, caution: Caution | None = None, *, trusts_nan: bool = False

@@ -51,6 +51,7 @@ class Overview:
     num_replicas_lost: int = 0
     num_rows_again: int = 0
     num_out_of_memory: int = 0
+    num_reused_rows: int = 0
     started: str = ""
     updated: str = ""
     silent_s: float = 0.0
@@ -114,6 +115,7 @@ def _of_status(store: Store, status: Status, now: datetime) -> Overview:
         num_replicas_lost=status.num_replicas_lost,
         num_rows_again=status.num_rows_again,
         num_out_of_memory=status.num_out_of_memory,
+        num_reused_rows=status.num_reused_rows,
         started=status.started,
         updated=status.updated,
         silent_s=silent_s,

@@ -32,7 +32,8 @@ class Status:
 
     ``rows_per_s`` is the mean over this start of the driver, committed rows only. ``num_rows_again`` are
     the rows of units that this start began more than once (a lost replica, a failed attempt, a copy at
-    the end); ``num_out_of_memory`` the steps that were made again with half the batch.
+    the end); ``num_out_of_memory`` the steps that were made again with half the batch;
+    ``num_reused_rows`` the rows that got the answer to an identical request.
     """
 
     run_id: str
@@ -50,6 +51,7 @@ class Status:
     num_replicas_lost: int = 0
     num_rows_again: int = 0
     num_out_of_memory: int = 0
+    num_reused_rows: int = 0
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:
