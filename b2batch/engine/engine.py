@@ -9,6 +9,7 @@ Requests may be added at any time; each step's batch is filled from what is wait
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -157,8 +158,18 @@ class Engine:
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
         self.stats.sum_running += self.num_running
+        for sequence in ended:
+            if sequence.span is not None and self._is_spoilt(sequence):
+                self.runner.scrub(sequence.span)
         self._scheduler.finish(ended)
         return [finished for sequence in ended if (finished := self._collect(sequence))]
+
+    def _is_spoilt(self, sequence: Sequence) -> bool:
+        """Whether numbers that are not finite came out of a sequence that ended."""
+        completion = self._pending[sequence.request_id].completions.get(sequence.index)
+        if completion is not None:
+            return completion.error is not None
+        return not all(math.isfinite(logprob) for logprob, _ in sequence.scores.values())
 
     def shrink(self) -> str | None:
         """After a step that ran out of memory: compute what ran again, with half as much in a step.

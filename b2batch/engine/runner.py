@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from b2batch.engine import attention
 from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
+from b2batch.engine.kv import Span
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
 
@@ -70,6 +73,11 @@ class Runner:
         logits: Tensor = output.logits[0]
         return logits.float()
 
+    def scrub(self, span: Span) -> None:
+        """Zero a span whose keys or values may not be finite: the next one there must not meet them."""
+        for cache in (tensor for pair in self.caches for tensor in pair):
+            cache[span.start : span.stop] = 0
+
     def _move(self, move: Move) -> None:
         for cache in (tensor for pair in self.caches for tensor in pair):
             stretch = cache[move.source : move.source + move.num_tokens].clone()
@@ -90,11 +98,12 @@ class KVShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> KVShape:
-        """The shape of a loaded model's cache."""
+        """The shape of a loaded model's cache, in the model's dtype unless it has a ``kv_cache_dtype``."""
         config = model.config.get_text_config()
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, num_heads, head_dim, model.dtype)
+        dtype = getattr(model, "kv_cache_dtype", model.dtype)
+        return cls(config.num_hidden_layers, num_heads, head_dim, dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -109,10 +118,15 @@ class KVShape:
     def arena(self, num_tokens: int, device: torch.device) -> Tensor:
         """Room for one layer's keys, or values: (tokens, K, D).
 
-        Not zeroed: on a CPU, memory that no sequence reaches is then never taken.
+        Zeros, since a masked key counts for nothing only as long as it is finite. On a CPU the system
+        deals them out page by page: memory that no sequence reaches is never taken.
         """
+        shape = (num_tokens, self.num_heads, self.head_dim)
         try:
-            return torch.empty(num_tokens, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
+            if device.type == "cpu":
+                zeros = np.zeros(math.prod(shape) * self.dtype.itemsize, dtype=np.uint8)
+                return torch.from_numpy(zeros).view(self.dtype).view(shape)
+            return torch.zeros(shape, dtype=self.dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise ModelError(
                 f"engine.kv_cache_tokens: no room for {num_tokens} tokens of keys and values at "
