@@ -133,7 +133,7 @@ class DisturbedRun:
             now_s = time.monotonic()
             if now_s >= deadline_s:
                 self._injector.heal(everything=True)
-            elif now_s >= next_fault_s + self._patience_s:
+            elif now_s >= next_fault_s + self._patience_s and not self._injector.is_replacing:
                 driver = self._disturb(driver, on_progress)
                 next_fault_s = time.monotonic() + self._gap_s()
             if now_s > deadline_s + _RUN_TIMEOUT_S / 2:

@@ -19,6 +19,7 @@ from typing import Any
 
 from b2batch import worker
 from b2batch.bench.fault_scratch import HOLD_VARIABLE, ledger_in, release_in, switch_in, token_in
+from b2batch.outputs.parts import commit_part
 from b2batch.worker import WorkerArgs
 
 _POLL_S = 0.05
@@ -36,7 +37,7 @@ class CountedWorkers:
         """Plant and make one, in the replica's process."""
         switch_in(self.scratch).plant()
         if self.holds:
-            worker.commit_part = _held(worker.commit_part, self.scratch)
+            vars(worker)["commit_part"] = _held(commit_part, self.scratch)
         return _CountedWorker(_make_worker(args), ledger_in(self.scratch, os.getpid()))
 
 

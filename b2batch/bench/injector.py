@@ -113,6 +113,7 @@ class Injector:
         self._start_driver = start_driver
         self._due: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self.twins: list[Twin] = []
+        self.is_replacing = False  # a driver is stopped and its successor has not got the lease yet
 
     def inject(self, kind: FaultKind, driver: DriverProcess) -> DriverProcess | None:
         """Do it now; returns the run's driver from now on, or None when there was nothing to do it to."""
@@ -214,7 +215,13 @@ class Injector:
         self._age_lease()
         successor = self._start_driver()
         self.twins.append(Twin(driver, None))
-        self._due.append((self._is_settled(successor), lambda: driver.send(signal.SIGCONT)))
+
+        def go_on() -> None:
+            self.is_replacing = False
+            driver.send(signal.SIGCONT)
+
+        self.is_replacing = True
+        self._due.append((self._is_settled(successor), go_on))
         return successor
 
     def _is_settled(self, successor: DriverProcess) -> Callable[[], bool]:
