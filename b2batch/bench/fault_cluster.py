@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 80 << 20
 _END_TIMEOUT_S = 10.0
-_ACTOR_TITLE, _IDLE_TITLE = "ray::", "ray::IDLE"
+_REPLICA_TITLE = "ray::_Replica"  # its siblings are agents, without which the node ends
 
 
 class FaultCluster:
@@ -96,7 +96,7 @@ class FaultCluster:
             if node is not None:
                 _end(node)
         for pid in self._strays:
-            if _is_actor(pid):
+            if _is_replica(pid):
                 os.kill(pid, signal.SIGKILL)
         self._cluster, self._nodes, self._strays = None, [], []
         if self._directory is not None:
@@ -171,12 +171,11 @@ def _end(node: Any) -> None:
 
 
 def _replicas_of(raylet: int) -> list[int]:
-    return [pid for pid in _all_pids() if _is_actor(pid) and _parent(pid) == raylet]
+    return [pid for pid in _all_pids() if _is_replica(pid) and _parent(pid) == raylet]
 
 
-def _is_actor(pid: int) -> bool:
-    title = _title(pid)
-    return title.startswith(_ACTOR_TITLE) and not title.startswith(_IDLE_TITLE)
+def _is_replica(pid: int) -> bool:
+    return _title(pid).startswith(_REPLICA_TITLE)
 
 
 def _all_pids() -> list[int]:
