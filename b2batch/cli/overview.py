@@ -29,6 +29,8 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
     if view.num_replicas:
         yield "speed", f"{view.rows_per_s:.1f} rows/s on {plural(view.num_replicas, 'replica')}"
+    if view.num_reused_rows:
+        yield "reused", f"{plural(view.num_reused_rows, 'row')} got the answer to an identical request"
     extra = list(_extra_work(view))
     if extra:
         yield "extra work", ", ".join(extra)

@@ -21,6 +21,8 @@ _SCALARS = {
     "number": pa.float64(),
     "boolean": pa.bool_(),
 }
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_SAFE_INTEGER = (1 << 53) - 1
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -37,17 +39,36 @@ def arrow_type(schema: Mapping[str, Any]) -> pa.DataType:
 
 
 def closed(schema: Any) -> Any:
-    """``schema`` with every object that names its members allowing no others: they would have no column."""
+    """``schema`` less what no column could hold.
+
+    An object that names its members allows no others; an integer without bounds has those within which
+    JSON readers agree on every integer (RFC 8259).
+    """
     if isinstance(schema, Mapping):
         inner = {key: _closed_member(key, value) for key, value in schema.items()}
+        if "integer" in _kinds(schema):
+            inner = _bounded(inner)
         has_members = isinstance(schema.get("properties"), Mapping) and "$ref" not in schema
         return {"additionalProperties": False, **inner} if has_members else inner
     return [closed(item) for item in schema] if isinstance(schema, list | tuple) else schema
 
 
+def _kinds(schema: Mapping[str, Any]) -> list[Any]:
+    kinds = schema.get("type")
+    return kinds if isinstance(kinds, list | tuple) else [kinds]
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    low = {} if {"minimum", "exclusiveMinimum"} & schema.keys() else {"minimum": -_SAFE_INTEGER}
+    high = {} if {"maximum", "exclusiveMaximum"} & schema.keys() else {"maximum": _SAFE_INTEGER}
+    return {**schema, **low, **high}
+
+
 def _closed_member(key: str, value: Any) -> Any:
     if key == "$ref" and isinstance(value, str):
         return quote(value, safe="#/$%~")  # a URI reference is ASCII, whatever it names
+    if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+        return {name: closed(inner) for name, inner in value.items()}
     return value if key in ("enum", "const") else closed(value)
 
 

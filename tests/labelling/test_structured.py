@@ -248,6 +248,16 @@ def test_a_value_that_arrow_cannot_hold_is_refused(value, type_) -> None:
         conform(value, type_)
 
 
+def test_a_member_may_be_called_like_a_keyword(tmp_path, tiny) -> None:
+    members = {"properties": {"enum": ["x"]}, "type": {"type": "integer", "maximum": 3}, "enum": {"const": "y"}}
+    schema = {"type": "object", "properties": members, "required": list(members)}
+    sampling = {"max_tokens": 80, "temperature": 5.0}
+    spec = make_spec(tmp_path, [{"text": "好"}], structured_outputs={"json": schema}, sampling=sampling)
+    (row,) = run(spec, tiny).rows
+    assert (row["parsed"]["properties"], row["parsed"]["enum"]) == ("x", "y")
+    assert -(1 << 53) < row["parsed"]["type"] <= 3, "an integer without a bound stays one that all can read"
+
+
 def test_unnamed_members_are_a_map() -> None:
     type_ = arrow_type({"type": "object", "additionalProperties": {"type": "integer"}})
     assert type_ == pa.map_(pa.string(), pa.int64())
