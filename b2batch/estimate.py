@@ -201,4 +201,4 @@ def _standing(job: PreparedJob) -> Standing:
     except IntegrityError as error:
         return Standing("other", detail=str(error))
     state = "finished" if directory.success() else "resumes"
-    return Standing(state, len(directory.part_names()))
+    return Standing(state, directory.num_committed())

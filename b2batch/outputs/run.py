@@ -118,6 +118,11 @@ class RunDirectory:
             key for name, key in sorted((n, k) for n, k in names if n) if name.run8 in self.generation.kept
         ]
 
+    def num_committed(self) -> int:
+        """How many units are committed, by the names of the parts and the footers of merged ones."""
+        merged = sum(len(read_part_footers(self.store, name)) for name in self.merged_names())
+        return merged + len(self.part_names())
+
     def committed_units(self, units: Sequence[WorkUnit]) -> dict[int, UnitCounts]:
         """What is committed of the planned ``units``: unit index → counts. Reads footers only.
 

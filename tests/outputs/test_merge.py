@@ -219,6 +219,7 @@ def test_repair_of_a_merged_part_makes_its_units_again(finished: MemoryStore) ->
     bad = part_name(4, merge.merge8)
     finished.objects[bad] = finished.objects[bad][:-7]
     assert proof(finished, repair=True).removed == (SUCCESS, bad)
+    assert RunDirectory.existing(finished).num_committed() == 4
     assert drive(finished, SPEC, UNITS)[0] == 2
     assert proof(finished) == VerifyReport(num_parts=3, num_rows=18, problems=())
 
