@@ -94,6 +94,9 @@ class ModelSpec(_Section):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="what nf4 layers compute in"
     )
+    head_dtype: Literal["float32", "auto"] = Field(
+        default="float32", description="what logits are computed in; auto: the weights' dtype"
+    )
     adapter: Location | None = Field(default=None, description="a LoRA adapter of peft: hub id or local path")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="tokens of prompt and answer")
@@ -499,7 +502,7 @@ class JobSpec(_Section):
             **{name: dump[name] for name in sections},
             "review": dump["review"],
             "model": {
-                k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "device")
+                k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "head_dtype", "device")
             },
             "input": {
                 k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")

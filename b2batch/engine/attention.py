@@ -82,7 +82,7 @@ def arena_attention(
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
     layer = _Layer(step, keys_SKD, values_SKD, scaling, getattr(module, "alibi_slopes", None))
-    query_TQD = query[0].transpose(0, 1)
+    query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
     lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32)
     for own in step.calls.own:
@@ -94,7 +94,7 @@ def arena_attention(
         rows = slice(prefix.query, prefix.query + prefix.num_queries)
         out, lse = layer.attend_prefix(prefix, query_TQD[rows])
         _merge_into(out_TQD[rows], lse_TQ[rows], out, lse)
-    return out_TQD[None], None
+    return out_TQD[None].to(query.dtype), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from b2batch.engine.kv import PrefixSpan, Span
-from b2batch.engine.runner import Runner
+from b2batch.engine.runner import KVShape, Runner
 from b2batch.engine.scheduler import Chunk, Step
 from b2batch.engine.sequence import Sequence
 from b2batch.errors import ModelError
@@ -68,7 +68,8 @@ def check_runner(runner: Runner, expected: list[Tensor]) -> None:
         steps.append(Step(chunks=first + chunks))
         first = []
     logits = [runner.run(step) for step in steps][-1]
-    tolerance = _TOLERANCE.get(runner.model.dtype, _TOLERANCE_16_BIT)
+    dtypes = {runner.model.dtype, KVShape.of(runner.model).dtype}
+    tolerance = max(_TOLERANCE.get(dtype, _TOLERANCE_16_BIT) for dtype in dtypes)
     for ours, theirs in zip(logits, expected, strict=True):
         difference = ((ours - theirs).norm() / theirs.norm()).item()
         if not difference < tolerance:

@@ -24,6 +24,12 @@ _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a hos
 def refuse_too_large(spec: JobSpec) -> None:
     """Before minutes of loading: ModelError if the model and one sequence do not fit the device here."""
     device = pick_device(spec.model)
+    gpus = spec.cluster.gpus_per_replica
+    if gpus != "auto" and gpus > 1:
+        raise SpecError(
+            f"cluster.gpus_per_replica: {gpus:g}, but a model is not split over GPUs in this version; use "
+            "model.quantization, or a larger GPU"
+        )
     if device.type == "cuda" and spec.engine.tensor_parallel_size > 1:
         raise SpecError(
             "engine.tensor_parallel_size: only CPU replicas are split over processes in this version, and "

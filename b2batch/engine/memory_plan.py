@@ -51,22 +51,8 @@ class StepSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Variation:
-    """A way to run a model: how its weights are kept (None: in full precision), over how many devices."""
-
-    quantization: str | None
-    num_devices: int
-
-    def changes_from(self, other: Variation) -> str:
-        """The job's keys that turn ``other`` into this one."""
-        kept = f"model.quantization: {self.quantization}" if self.quantization != other.quantization else ""
-        spread = f"cluster.gpus_per_replica: {self.num_devices}" if self.num_devices > 1 else ""
-        return " with ".join(part for part in (kept, spread) if part)
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryFit:
-    """What devices of ``device_bytes`` each hold. ``num_contexts`` counts sequences of full length."""
+    """What a device of ``device_bytes`` holds. ``num_contexts`` counts sequences of full length."""
 
     device_bytes: int
     num_kv_tokens: int
@@ -81,7 +67,8 @@ class MemoryPlan:
 
     shape: Architecture
     dtype: str
-    variation: Variation
+    kv_dtype: str
+    quantization: str | None
     can_quantize: bool
     max_model_len: int
     step: StepSize
@@ -90,14 +77,13 @@ class MemoryPlan:
     @classmethod
     def of(cls, spec: JobSpec, checkpoint: Checkpoint, max_model_len: int) -> MemoryPlan:
         """The plan of a job on GPUs, or on a CPU where the spec asks for one."""
-        gpus = spec.cluster.gpus_per_replica
-        stored = checkpoint.quantization
+        stored, dtype = checkpoint.quantization, gpu_dtype(checkpoint, spec.model)
+        kv_dtype = spec.engine.kv_cache_dtype
         return cls(
             shape=Architecture.of(checkpoint.config),
-            dtype=gpu_dtype(checkpoint, spec.model),
-            variation=Variation(
-                stored or spec.model.quantization, 1 if gpus == "auto" else max(1, int(gpus))
-            ),
+            dtype=dtype,
+            kv_dtype=dtype if kv_dtype == "auto" else kv_dtype,
+            quantization=stored or spec.model.quantization,
             can_quantize=stored is None,
             max_model_len=max_model_len,
             step=StepSize.of(spec.engine, on_cpu=spec.model.device == "cpu"),
@@ -106,28 +92,25 @@ class MemoryPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all devices of a replica together."""
-        return weight_bytes(self.shape, self.dtype, self.variation.quantization)
+        return weight_bytes(self.shape, self.dtype, self.quantization)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of all devices of a replica together."""
-        return kv_bytes_per_token(self.shape, self.dtype)
+        return kv_bytes_per_token(self.shape, self.kv_dtype)
 
     @property
     def workspace_bytes(self) -> int:
-        """On each device."""
         return workspace_bytes(
             self.shape, self.dtype, self.step.max_num_seqs, self.step.max_num_batched_tokens
         )
 
     def num_kv_tokens(self, device_bytes: int) -> int:
-        """Tokens of keys and values that devices of this size hold; 0 where not even the weights fit."""
-        room = self.variation.num_devices * (device_bytes - _CONTEXT_BYTES - self.workspace_bytes)
-        return max(0, int((room - self.weight_bytes) * self.utilization) // self.kv_bytes_per_token)
+        """Tokens of keys and values that a device of this size holds; 0 where not even the weights fit."""
+        room = device_bytes - _CONTEXT_BYTES - self.workspace_bytes - self.weight_bytes
+        return max(0, int(room * self.utilization) // self.kv_bytes_per_token)
 
     def on(self, device_bytes: int) -> MemoryFit:
-        """How the model fits devices of this size, and what would give it more room."""
+        """How the model fits a device of this size, and what would give it more room."""
         num_tokens = self.num_kv_tokens(device_bytes)
         num_contexts = num_tokens / self.max_model_len
         return MemoryFit(
@@ -139,29 +122,23 @@ class MemoryPlan:
         )
 
     def _advice(self, device_bytes: int, num_contexts: float) -> str:
-        """What to set instead; more devices only where two replicas of fewer would hold less."""
-        now = self.variation
         better = []
-        for variation in self._roomier_variations():
-            contexts = replace(self, variation=variation).num_kv_tokens(device_bytes) / self.max_model_len
-            if contexts >= max(1.0, 2 * num_contexts * variation.num_devices / now.num_devices):
-                better.append(f"{variation.changes_from(now)} ({contexts:.1f} full contexts)")
+        for method in self._smaller():
+            tokens = replace(self, quantization=method).num_kv_tokens(device_bytes)
+            if (contexts := tokens / self.max_model_len) >= max(1.0, 2 * num_contexts):
+                better.append(f"model.quantization: {method} ({contexts:.1f} full contexts)")
         if num_contexts < 1:
-            return f"does not fit; would: {', or '.join(better[:3])}" if better else "does not fit in any way"
+            return (
+                f"does not fit; would: {', or '.join(better)}" if better else "does not fit, quantised or not"
+            )
         if num_contexts < _FEW_CONTEXTS and better:
             return f"fits, with few long sequences at a time; more room: {', or '.join(better)}"
         return "fits"
 
-    def _roomier_variations(self) -> list[Variation]:
-        """Smaller weights first, then more devices."""
-        now = self.variation
-        smaller = (
-            {None: ("int8", "nf4"), "int8": ("nf4",)}.get(now.quantization, ()) if self.can_quantize else ()
-        )
-        counts = [count for count in (2, 4, 8) if count > now.num_devices]  # of one node
-        return [replace(now, quantization=method) for method in smaller] + [
-            replace(now, num_devices=count) for count in counts
-        ]
+    def _smaller(self) -> tuple[str, ...]:
+        if not self.can_quantize:
+            return ()
+        return {None: ("int8", "nf4"), "int8": ("nf4",)}.get(self.quantization, ())
 
 
 def parse_size(text: str) -> int:

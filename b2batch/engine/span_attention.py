@@ -72,8 +72,9 @@ def attend_spans(
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
     slopes: Tensor | None = getattr(module, "alibi_slopes", None)
-    out_TQD = step.attention.attend(query[0].transpose(0, 1), keys_SKD, values_SKD, scaling, slopes)
-    return out_TQD[None], None
+    query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
+    out_TQD = step.attention.attend(query_TQD, keys_SKD, values_SKD, scaling, slopes)
+    return out_TQD[None].to(query.dtype), None
 
 
 def register() -> None:

@@ -267,12 +267,14 @@ class NormHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.normalise = normalise
+        self.is_wide = True  # else logits are computed in the weight's dtype, and only then widened
         self._inverse_norm: Tensor | None = None
         self._measured = (-1, -1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(…, C) → (…, V) float32."""
-        logits = wide_linear(hidden, self.weight)
+        product = wide_linear if self.is_wide else F.linear
+        logits = product(hidden, self.weight).float()
         return logits * self.inverse_norm() if self.normalise else logits
 
     def inverse_norm(self) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from b2batch.errors import ModelError, SpecError
 from b2batch.models import quantized
 from b2batch.models.adapter import apply_adapter
-from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM, wide_linear
+from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM, NormHead, wide_linear
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
 from b2batch.spec import ModelSpec
@@ -72,6 +72,8 @@ def pick_dtype(spec: ModelSpec, checkpoint: Checkpoint, device: torch.device) ->
 def pick_quantization(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
     """``nf4``, ``int8`` or None: as the checkpoint is stored, or as the spec asks for.
 
+    With ``int8-dynamic`` the full weights are loaded; it is the engine that repacks them.
+
     Raises:
         SpecError: the spec asks for another one than the checkpoint is stored in, or for a compute
             dtype where nothing is computed in one.
@@ -88,7 +90,7 @@ def pick_quantization(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
         raise SpecError(
             f"model.compute_dtype: {spec.compute_dtype}, but only nf4 weights are computed in one"
         )
-    return found
+    return None if found == "int8-dynamic" else found
 
 
 def pick_compute_dtype(
@@ -123,7 +125,9 @@ def load_model(spec: ModelSpec) -> LoadedModel:
             "interface, so the engine cannot run it"
         )
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and model.dtype != torch.float32:
+    if isinstance(head, NormHead):
+        head.is_wide = spec.head_dtype == "float32"
+    elif isinstance(head, nn.Linear) and model.dtype != torch.float32 and spec.head_dtype == "float32":
         model.set_output_embeddings(WideHead(head))
     return LoadedModel(model.eval().requires_grad_(False), codec, checkpoint)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from b2batch.engine.memory import refuse_too_large
 from b2batch.engine.memory_plan import MemoryPlan, parse_size
 from b2batch.errors import SpecError
 from b2batch.models.checkpoint import Checkpoint
@@ -104,14 +105,14 @@ def test_keys_and_values_of_a_token() -> None:
         ("7B-Base", 80, True, "^fits$"),
         ("7B-Base", 141, True, "^fits$"),
         ("7B-Chat-4bits", 24, True, "^fits$"),
-        ("7B-Chat-4bits", 8, False, "does not fit; would: cluster.gpus_per_replica: 2"),
-        ("13B-Chat", 24, False, "does not fit; would: .*int8.*nf4.*gpus_per_replica: 2"),
+        ("7B-Chat-4bits", 8, False, "does not fit, quantised or not"),
+        ("13B-Chat", 24, False, "does not fit; would: .*int8.*nf4"),
         ("13B-Chat", 40, True, "few long sequences.*int8.*nf4"),
         ("13B-Chat", 80, True, "^fits$"),
         ("13B-Chat", 141, True, "^fits$"),
         ("13B-Chat-4bits", 24, True, "^fits$"),
         ("13B-Chat-4bits", 80, True, "^fits$"),
-        ("13B-Chat", 2, False, "does not fit in any way"),
+        ("13B-Chat", 2, False, "does not fit, quantised or not"),
     ],
 )
 def test_advice_for_a_described_gpu(name: str, gpu: int, fits: bool, advice: str) -> None:
@@ -129,9 +130,17 @@ def test_the_parts_never_exceed_the_device(name: str, gpu: int) -> None:
         assert used + plan.weight_bytes < gpu * 10**9
 
 
-def test_two_gpus_hold_what_one_cannot() -> None:
-    assert not plan_of("13B-Chat").on(24 * 10**9).fits
-    assert plan_of("13B-Chat", cluster={"gpus_per_replica": 2}).on(24 * 10**9).fits
+def test_keys_and_values_of_another_dtype_take_other_room() -> None:
+    wide = plan_of("7B-Chat", engine={"kv_cache_dtype": "float32"})
+    assert wide.kv_bytes_per_token == 2 * plan_of("7B-Chat").kv_bytes_per_token
+    assert wide.weight_bytes == plan_of("7B-Chat").weight_bytes
+
+
+def test_a_model_over_several_gpus_is_refused() -> None:
+    spec = {"model": {"model": "baichuan2-tiny"}, "input": {"path": "x"}, "prompt": {"column": "x"}}
+    rest = {"output": {"path": "x"}, "cluster": {"gpus_per_replica": 2}}
+    with pytest.raises(SpecError, match=r"gpus_per_replica: 2.*not split over GPUs"):
+        refuse_too_large(parse_spec(spec | rest))
 
 
 @pytest.mark.parametrize(
