@@ -37,6 +37,7 @@ from pydantic import (
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import SpecError
 
+MAX_EXAMPLES_BYTES = 8 << 20
 MAX_JOB_FILE_BYTES = 256 * 1024
 _FRAGMENT_DIRECTORY = Path("configs", "models")
 _FRAGMENT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -88,7 +89,7 @@ class ModelSpec(_Section):
     )
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["nf4", "int8"] | None = Field(
+    quantization: Literal["nf4", "int8", "int8-dynamic"] | None = Field(
         default=None, description="of linear layers; a quantised checkpoint is recognised by itself"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -140,10 +141,34 @@ class Message(_Section):
 
 
 class Example(_Section):
-    """One worked example, shown before the row's own prompt; plain text, no template."""
+    """One worked example, shown before the row's own prompt; plain text, no template.
+
+    ``key`` is what ``prompt.nearest`` compares with the row; without it, ``user`` is.
+    """
 
     user: str
     assistant: str
+    key: str | None = None
+
+
+def _as_examples(value: Any) -> Any:
+    """Examples as they are, or those of a JSON Lines file, which so become part of the job."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if os.path.getsize(value) > MAX_EXAMPLES_BYTES:
+            raise ValueError(f"{value}: larger than {MAX_EXAMPLES_BYTES} bytes")
+        with open(value, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{value}: examples are JSON Lines of user and assistant: {error}") from error
+
+
+class NearestSpec(_Section):
+    """Instead of all examples, those most like the row: ``k`` by what stands in ``column``."""
+
+    column: str | None = None
+    k: int = Field(default=4, ge=1, le=100)
 
 
 class PromptSpec(_Section):
@@ -157,7 +182,8 @@ class PromptSpec(_Section):
     messages: tuple[Message, ...] | None = None
     column: str | None = None
     system: str | None = None
-    examples: tuple[Example, ...] = ()
+    examples: Annotated[tuple[Example, ...], BeforeValidator(_as_examples)] = ()
+    nearest: NearestSpec = NearestSpec()
     chat: Literal["auto"] | bool = "auto"
     allow_special_tokens: bool = Field(
         default=False, description="let <reserved_106>, </s> in row text be control tokens"
@@ -170,6 +196,8 @@ class PromptSpec(_Section):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"exactly one of template, messages and column is needed, found {found}")
+        if self.nearest.column is not None and not self.examples:
+            raise ValueError("nearest.column: there are no examples to choose from")
         if self.messages is not None and not self.messages:
             raise ValueError("messages must not be empty")
         if self.system is not None and self.messages is not None and self.messages[0].role == "system":
@@ -502,7 +530,9 @@ class JobSpec(_Section):
             **{name: dump[name] for name in sections},
             "review": dump["review"],
             "model": {
-                k: v for k, v in dump["model"].items() if k not in ("dtype", "compute_dtype", "head_dtype", "device")
+                key: value
+                for key, value in dump["model"].items()
+                if key not in ("dtype", "compute_dtype", "head_dtype", "device")
             },
             "input": {
                 k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")
@@ -742,8 +772,8 @@ def load_spec(
     specs = load_specs(path, overrides, values)
     if len(specs) > 1:
         raise SpecError(
-            f"{path}: model.revision lists {len(specs)} revisions, a job each: `b2batch run` runs them all; for "
-            f"anything else choose one: --set model.revision=[{specs[0].model.revision}]"
+            f"{path}: model.revision lists {len(specs)} revisions, a job each: `b2batch run` runs them all; "
+            f"for anything else choose one: --set model.revision=[{specs[0].model.revision}]"
         )
     return specs[0]
 

@@ -65,7 +65,7 @@ def keys_of_spec(section: type[BaseModel] = JobSpec, before: str = "") -> Iterat
     """Dotted key → its default as the README writes it, of all keys but those of list elements."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys_of_spec(field.annotation, f"{name}.")
+            yield from keys_of_spec(field.annotation, f"{before}{name}.")
         elif field.is_required():
             yield before + name, "*needed*"
         else:

@@ -17,10 +17,11 @@ import pyarrow as pa
 from jinja2 import meta
 
 from b2batch.errors import RowError, RowFault, SpecError, Stage
+from b2batch.inputs.examples import NearestExamples
 from b2batch.inputs.sandbox import PromptEnvironment, generate
 from b2batch.inputs.schema import check_columns
 from b2batch.inputs.strict_json import json_type, shown
-from b2batch.spec import JobSpec, PromptSpec
+from b2batch.spec import Example, JobSpec, PromptSpec
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_PROMPT_BYTES = 4 << 20
@@ -59,10 +60,9 @@ class PromptRenderer:
         self._spec = spec
         self._constants = constants or {}
         self._allow_empty = allow_empty
-        self._examples = tuple(
-            ChatMessage(role, content)
-            for example in spec.examples
-            for role, content in (("user", example.user), ("assistant", example.assistant))
+        self._examples = _as_turns(spec.examples)
+        self._nearest = (
+            None if spec.nearest.column is None else NearestExamples(spec.examples, spec.nearest.k)
         )
         self._system = None if spec.system is None else _compiled("prompt.system", spec.system)
         self._template = None if spec.template is None else _compiled("prompt.template", spec.template)
@@ -86,6 +86,8 @@ class PromptRenderer:
         """
         if self._spec.column is not None:
             check_columns(schema, [self._spec.column], "prompt.column")
+        if self._spec.nearest.column is not None:
+            check_columns(schema, [self._spec.nearest.column], "prompt.nearest.column")
         for template in self._templates:
             check_columns(schema, set(template.names) - self._constants.keys(), template.where)
             twice = self._constants.keys() & set(template.names) & set(schema.names)
@@ -99,7 +101,8 @@ class PromptRenderer:
     def column_names(self) -> frozenset[str]:
         """The columns that a prompt is made of."""
         used = {name for template in self._templates for name in template.names} - self._constants.keys()
-        return frozenset(used | {self._spec.column} if self._spec.column is not None else used)
+        named = {self._spec.column, self._spec.nearest.column} - {None}
+        return frozenset({*used, *map(str, named)})
 
     @property
     def _templates(self) -> list[_Template]:
@@ -115,35 +118,56 @@ class PromptRenderer:
         if self._constants:
             columns = {**columns, **self._constants}
         system = None if self._system is None else self._system.render(columns)
+        examples = self._examples_for(columns)
         if self._turns:
             turns = tuple(ChatMessage(role, template.render(columns)) for role, template in self._turns)
-            return self._chat(system, turns)
+            return self._chat(system, turns, examples)
         if self._template is not None:
-            return self._plain(system, self._template.render(columns))
+            return self._plain(system, self._template.render(columns), examples)
         value = _column_value(columns, str(self._spec.column))
         if isinstance(value, str):
-            return self._plain(system, value)
-        return self._chat(system, _as_messages(value, str(self._spec.column)))
+            return self._plain(system, value, examples)
+        return self._chat(system, _as_messages(value, str(self._spec.column)), examples)
 
-    def _plain(self, system: str | None, text: str) -> Prompt:
+    def _examples_for(self, columns: Mapping[str, Any]) -> tuple[ChatMessage, ...]:
+        if self._nearest is None:
+            return self._examples
+        name = str(self._spec.nearest.column)
+        value = columns.get(name)
+        if not isinstance(value, str):
+            fault = RowFault.PROMPT_MISSING if value is None else RowFault.PROMPT_TYPE
+            raise _row_error(fault, f"prompt.nearest.column: {name!r} holds no text to find examples by")
+        return _as_turns(self._nearest.pick(value))
+
+    def _plain(self, system: str | None, text: str, examples: Sequence[ChatMessage]) -> Prompt:
         if not (text.strip() or self._allow_empty):
             raise _row_error(RowFault.PROMPT_EMPTY, "the prompt is empty")
         before = [] if system is None else [ChatMessage("system", system)]
-        shots = [f"{user.content}{assistant.content}\n\n" for user, assistant in _pairs(self._examples)]
+        shots = [f"{user.content}{assistant.content}\n\n" for user, assistant in _pairs(examples)]
         opening = "" if system is None else f"{system}\n\n"
-        messages = (*before, *self._examples, ChatMessage("user", text))
+        messages = (*before, *examples, ChatMessage("user", text))
         return Prompt(messages, "".join([opening, *shots, text]))
 
-    def _chat(self, system: str | None, turns: Sequence[ChatMessage]) -> Prompt:
+    def _chat(
+        self, system: str | None, turns: Sequence[ChatMessage], examples: Sequence[ChatMessage]
+    ) -> Prompt:
         """A row that brings its own system message keeps it: it says more than the job's."""
         if not turns or not turns[-1].content.strip():
             raise _row_error(
                 RowFault.PROMPT_EMPTY, "the last message is empty" if turns else "there are no messages"
             )
         if turns[0].role == "system":
-            return Prompt((turns[0], *self._examples, *turns[1:]))
+            return Prompt((turns[0], *examples, *turns[1:]))
         before = [] if system is None else [ChatMessage("system", system)]
-        return Prompt((*before, *self._examples, *turns))
+        return Prompt((*before, *examples, *turns))
+
+
+def _as_turns(examples: Iterable[Example]) -> tuple[ChatMessage, ...]:
+    return tuple(
+        ChatMessage(role, content)
+        for example in examples
+        for role, content in (("user", example.user), ("assistant", example.assistant))
+    )
 
 
 def _pairs(examples: Sequence[ChatMessage]) -> Iterable[tuple[ChatMessage, ChatMessage]]:

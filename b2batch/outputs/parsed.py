@@ -55,7 +55,7 @@ def closed(schema: Any) -> Any:
 
 def _kinds(schema: Mapping[str, Any]) -> list[Any]:
     kinds = schema.get("type")
-    return kinds if isinstance(kinds, list | tuple) else [kinds]
+    return list(kinds) if isinstance(kinds, list | tuple) else [kinds]
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
