@@ -133,8 +133,11 @@ def make_engine(spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] |
         loaded.model.kv_cache_dtype = getattr(torch, spec.engine.kv_cache_dtype)
     codec = loaded.codec
     guard.refuse_windows(loaded.model, codec.max_model_len)
+    is_int8 = spec.model.quantization == "int8-dynamic"
+    if is_int8:
+        packing.refuse_int8(loaded.model)
     expected = guard.reference_logits(loaded.model)
-    if packing.can_pack(loaded.model):
+    if packing.can_pack(loaded.model) and not is_int8:
         packing.pack_linears(loaded.model)
     device = next(loaded.model.parameters()).device
     if device.type == "cpu":
@@ -152,6 +155,8 @@ def make_engine(spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] |
         make_vocabulary=partial(codec.tokenizer.grammar_vocabulary, vocab_size, codec.stop_token_ids),
     )
     guard.check_runner(engine.runner, expected)
+    if is_int8:  # after the check, whose tolerance is that of exact products
+        packing.pack_linears(loaded.model, int8=True)
     logger.info(
         "engine ready: %d sequences, %d tokens a step, %d tokens of KV",
         limits.max_num_seqs,

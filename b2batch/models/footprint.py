@@ -68,14 +68,14 @@ class Architecture:
 
 
 def weight_bytes(shape: Architecture, dtype: str, quantization: str | None) -> int:
-    """Bytes of all weights; ``quantization`` is None, ``nf4`` or ``int8``."""
+    """Bytes of all weights; ``quantization`` as in a job."""
     linear, width = shape.num_linear_parameters, BYTES_OF_DTYPE[dtype]
     others = shape.num_other_parameters * width
     match quantization:
         case "nf4":
             scales = linear // _BLOCK
             return others + linear // 2 + scales + 4 * (scales // _BLOCKS_OF_NESTED)
-        case "int8":
+        case "int8" | "int8-dynamic":
             return others + linear + 4 * shape.num_linear_rows
         case _:
             return others + linear * width
