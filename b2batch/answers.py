@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from b2batch.encoding import RowEncoder
 from b2batch.engine.engine import Engine
 from b2batch.engine.request import Completion, Finished, Score
 from b2batch.errors import ModelError, RowError, RowFault, Stage
+from b2batch.inputs.processors import load_processor, process
 from b2batch.labelling.classify import decide, label_probabilities, mean_prior
 from b2batch.labelling.grammar import parse_answer
 from b2batch.labelling.votes import majority, pick
 from b2batch.models.tokenizer import Tokenizer
-from b2batch.outputs.schema import confidence_column, parsed_type
+from b2batch.outputs.parsed import conform
+from b2batch.outputs.schema import confidence_column, parsed_type, postprocessed_types
 from b2batch.rows import Generation, Sample
 from b2batch.spec import JobSpec
 
@@ -27,13 +29,22 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._prior = prior
         self._parsed_type = parsed_type(spec.structured_outputs)
+        self._postprocessed_types = postprocessed_types(spec)
+        self._postprocess = (
+            load_processor(spec.postprocess, "postprocess") if spec.postprocess.function else None
+        )
         self._label_names = [label.name for label in spec.labels]
 
-    def read(self, finished: Finished, *, prompt_truncated: bool = False) -> Generation:
+    def read(
+        self, finished: Finished, row: Mapping[str, Any] | None = None, *, prompt_truncated: bool = False
+    ) -> Generation:
         """The result of one request.
 
+        Args:
+            row: the input's columns, for the job's postprocessor; without them it is not run.
+
         Raises:
-            RowError: the model gave no finite number.
+            RowError: the model gave no finite number, or the postprocessor failed.
         """
         error = next((completion.error for completion in finished.completions if completion.error), None)
         if error is not None:
@@ -43,7 +54,32 @@ class AnswerReader:
         sure = confidence_column(self._spec)
         if self._spec.review.below is not None and sure is not None:
             columns["needs_review"] = columns[sure] < self._spec.review.below
+        if self._postprocess is not None and row is not None:
+            columns |= self._postprocessed(row, samples, columns)
         return Generation(finished.num_prompt_tokens, samples, prompt_truncated, columns)
+
+    def _postprocessed(
+        self, row: Mapping[str, Any], samples: Sequence[Sample], columns: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The columns of the user's function, which sees the row and its answer."""
+        text = (
+            {}
+            if not samples
+            else {
+                "generated_text": samples[0].text,
+                "finish_reason": samples[0].finish_reason.value,
+                "samples": [sample.text for sample in samples],
+            }
+        )
+        assert self._postprocess is not None
+        given = process(self._postprocess, "postprocess", Stage.GENERATE, row, {**text, **columns})
+        try:
+            return {name: conform(value, self._postprocessed_types[name]) for name, value in given.items()}
+        except KeyError as error:
+            told = f"postprocess: {error} is not among postprocess.columns"
+        except ValueError as error:
+            told = f"postprocess: {error}"
+        raise RowError(RowFault.PROCESSOR, told, Stage.GENERATE)
 
     def _columns(self, finished: Finished, samples: Sequence[Sample]) -> dict[str, Any]:
         """The values of the columns that only this task has."""

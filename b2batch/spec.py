@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -280,6 +281,13 @@ def _as_schema(value: Any) -> Any:
     return model.model_json_schema()
 
 
+def _look_here() -> None:
+    """Let modules of the current directory be found, as ``python`` itself would."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 def import_object(name: str) -> Any:
     """What ``package.module:name`` stands for; the current directory is looked in as well.
 
@@ -289,9 +297,7 @@ def import_object(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"expected package.module:name, found {name!r}")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    _look_here()
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module does when it is imported
@@ -382,6 +388,42 @@ class EmbedSpec(_Section):
     normalize: bool = Field(default=True, description="to length 1")
 
 
+class ProcessorSpec(_Section):
+    """A function of the user's; the text of its module is read when the job is, and becomes part of it."""
+
+    function: str | None = Field(default=None, description="package.module:function")
+    source: str = Field(default="", description="the module's text; read by itself")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_source(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"function": data}
+        if not isinstance(data, Mapping) or not data.get("function") or data.get("source"):
+            return data
+        return {**data, "source": _module_source(str(data["function"]))}
+
+
+class PostprocessSpec(ProcessorSpec):
+    """Also which columns the function gives, with their types."""
+
+    columns: Mapping[str, Literal["string", "int64", "double", "bool"]] = Field(default_factory=dict)
+
+
+def _module_source(name: str) -> str:
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"expected package.module:function, found {name!r}")
+    _look_here()
+    try:
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise ValueError(f"there is no module {module}")
+        return Path(found.origin).read_text(encoding="utf-8")
+    except (ImportError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{module} cannot be read: {error}") from error
+
+
 class ReviewSpec(_Section):
     """Which rows people should look at."""
 
@@ -450,6 +492,8 @@ class JobSpec(_Section):
     )
     gold: str | None = Field(default=None, description="a column of right labels, to measure against")
     review: ReviewSpec = ReviewSpec()
+    preprocess: ProcessorSpec = ProcessorSpec()
+    postprocess: PostprocessSpec = PostprocessSpec()
     dedup: bool = Field(default=True, description="run identical greedy requests once")
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
@@ -503,6 +547,8 @@ class JobSpec(_Section):
 
     @model_validator(mode="after")
     def _labels_can_be_judged(self) -> Self:
+        if bool(self.postprocess.function) != bool(self.postprocess.columns):
+            raise ValueError("postprocess: needs both a function and the columns it gives")
         if self.vote is not None and self.sampling.n < 2:
             raise ValueError("vote: needs sampling.n of 2 or more")
         if self.vote is None and self.vote_on != "text":
@@ -529,6 +575,8 @@ class JobSpec(_Section):
             "task": dump["task"],
             **{name: dump[name] for name in sections},
             "review": dump["review"],
+            "preprocess": dump["preprocess"],
+            "postprocess": dump["postprocess"],
             "model": {
                 key: value
                 for key, value in dump["model"].items()

@@ -89,6 +89,10 @@ class _OpenUnit:
     truncated: set[str] = field(default_factory=set)  # row ids whose prompt was cut
     results: dict[str, ResultRow] = field(default_factory=dict)
 
+    def columns_of(self, row_id: str) -> Mapping[str, Any]:
+        """The input columns of a row, by its ordinal in the file."""
+        return self.rows[int(row_id.rpartition(":")[2]) - self.unit.first_row].columns
+
     @property
     def is_complete(self) -> bool:
         return len(self.results) == len(self.rows)
@@ -340,7 +344,9 @@ class Worker:
         row_id = finished.request_id
         open_unit = self._unit_of.pop(row_id)
         try:
-            generation = self._answers.read(finished, prompt_truncated=row_id in open_unit.truncated)
+            generation = self._answers.read(
+                finished, open_unit.columns_of(row_id), prompt_truncated=row_id in open_unit.truncated
+            )
         except RowError as error:
             self._fail(open_unit, row_id, error.failure)
             is_doubtful = error.failure.fault is RowFault.NAN and not open_unit.trusts_nan

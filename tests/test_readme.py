@@ -74,7 +74,7 @@ def keys_of_spec(section: type[BaseModel] = JobSpec, before: str = "") -> Iterat
 
 def written(default: Any) -> str:
     assert default is not PydanticUndefined
-    return default if isinstance(default, str) else json.dumps(default)
+    return default if isinstance(default, str) and default else json.dumps(default)
 
 
 @both

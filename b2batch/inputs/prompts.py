@@ -7,7 +7,7 @@ prompt. In message form the examples are user and assistant turns after the syst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -18,6 +18,7 @@ from jinja2 import meta
 
 from b2batch.errors import RowError, RowFault, SpecError, Stage
 from b2batch.inputs.examples import NearestExamples
+from b2batch.inputs.processors import load_processor, process
 from b2batch.inputs.sandbox import PromptEnvironment, generate
 from b2batch.inputs.schema import check_columns
 from b2batch.inputs.strict_json import json_type, shown
@@ -48,18 +49,24 @@ class PromptRenderer:
     """Renders rows by a job's ``prompt`` section; templates are compiled once.
 
     ``constants`` are names that templates may use beside the row's columns. With ``allow_empty`` a
-    prompt may say nothing.
+    prompt may say nothing. ``preprocess`` makes the columns that templates see from the row's.
 
     Raises:
         SpecError: a template has a syntax error, is too long, or includes another.
     """
 
     def __init__(
-        self, spec: PromptSpec, *, constants: Mapping[str, Any] | None = None, allow_empty: bool = False
+        self,
+        spec: PromptSpec,
+        *,
+        constants: Mapping[str, Any] | None = None,
+        allow_empty: bool = False,
+        preprocess: Callable[..., Any] | None = None,
     ) -> None:
         self._spec = spec
         self._constants = constants or {}
         self._allow_empty = allow_empty
+        self._preprocess = preprocess
         self._examples = _as_turns(spec.examples)
         self._nearest = (
             None if spec.nearest.column is None else NearestExamples(spec.examples, spec.nearest.k)
@@ -76,7 +83,8 @@ class PromptRenderer:
         """The renderer of a job. Templates know the labels of a classification by the name ``labels``."""
         labels = [label.model_dump() for label in spec.labels]
         constants = {"labels": labels} if labels else {}
-        return cls(spec.prompt, constants=constants, allow_empty=spec.task == "score")
+        preprocess = load_processor(spec.preprocess, "preprocess") if spec.preprocess.function else None
+        return cls(spec.prompt, constants=constants, allow_empty=spec.task == "score", preprocess=preprocess)
 
     def check_columns(self, schema: pa.Schema) -> None:
         """Refuse a prompt that uses a column which the input does not have.
@@ -84,6 +92,8 @@ class PromptRenderer:
         Raises:
             SpecError: names the setting, the column and the nearest ones there are.
         """
+        if self._preprocess is not None:
+            return  # it may give any column; one that it does not is the row's error
         if self._spec.column is not None:
             check_columns(schema, [self._spec.column], "prompt.column")
         if self._spec.nearest.column is not None:
@@ -115,6 +125,8 @@ class PromptRenderer:
         Raises:
             RowError: the prompt is missing, empty, of the wrong type or too long, or its template failed.
         """
+        if self._preprocess is not None:
+            columns = process(self._preprocess, "preprocess", Stage.RENDER, columns)
         if self._constants:
             columns = {**columns, **self._constants}
         system = None if self._system is None else self._system.render(columns)

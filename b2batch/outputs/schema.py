@@ -41,6 +41,12 @@ _SCORED = {
     "is_greedy": pa.bool_(),
     "perplexity": pa.float64(),
 }
+_POSTPROCESSED = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "double": pa.float64(),
+    "bool": pa.bool_(),
+}
 _ERROR = pa.struct(
     {"type": pa.string(), "message": pa.string(), "stage": pa.string(), "attempts": pa.int32()}
 )
@@ -59,7 +65,16 @@ def own_columns(spec: JobSpec, hidden_size: int = 0) -> dict[str, pa.DataType]:
     columns |= _task_columns(spec, hidden_size)
     if spec.review.below is not None:
         columns["needs_review"] = pa.bool_()
+    for name, type_ in spec.postprocess.columns.items():
+        if name in columns or name == "error":
+            raise SpecError(f"postprocess.columns: b2batch itself writes a column {name!r}")
+        columns[name] = _POSTPROCESSED[type_]
     return {**columns, "error": _ERROR}
+
+
+def postprocessed_types(spec: JobSpec) -> dict[str, pa.DataType]:
+    """The columns that the job's postprocessor gives."""
+    return {name: _POSTPROCESSED[type_] for name, type_ in spec.postprocess.columns.items()}
 
 
 def confidence_column(spec: JobSpec) -> str | None:

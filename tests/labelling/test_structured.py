@@ -249,7 +249,11 @@ def test_a_value_that_arrow_cannot_hold_is_refused(value, type_) -> None:
 
 
 def test_a_member_may_be_called_like_a_keyword(tmp_path, tiny) -> None:
-    members = {"properties": {"enum": ["x"]}, "type": {"type": "integer", "maximum": 3}, "enum": {"const": "y"}}
+    members = {
+        "properties": {"enum": ["x"]},
+        "type": {"type": "integer", "maximum": 3},
+        "enum": {"const": "y"},
+    }
     schema = {"type": "object", "properties": members, "required": list(members)}
     sampling = {"max_tokens": 80, "temperature": 5.0}
     spec = make_spec(tmp_path, [{"text": "好"}], structured_outputs={"json": schema}, sampling=sampling)
