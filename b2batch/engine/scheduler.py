@@ -301,19 +301,29 @@ class Scheduler:
         return prefix.num_computed + scheduled == prefix.length
 
     def _group_waiting(self) -> None:
-        """Give the newly queued sequences the prefixes they share with each other or with warm ones."""
-        new = [self.waiting[i] for i in range(len(self.waiting) - self._ungrouped, len(self.waiting))]
+        """Give the newly queued sequences the prefixes they share, and put them in a good order.
+
+        Those of one prefix follow each other, so that few prefixes are in use at a time, and the
+        longest answers come first, so that the last steps are not those of one late straggler.
+        Nobody passes a sequence that was queued before: none waits for ever.
+        """
+        new = [self.waiting.pop() for _ in range(self._ungrouped)][::-1]
         self._ungrouped = 0
-        if not self.limits.enable_prefix_caching:
-            return
         for start in range(0, len(new), _PREFIX_WINDOW):
-            window = new[start : start + _PREFIX_WINDOW]
-            lengths = shared_prefix_lengths([s.shareable for s in window])
-            groups: dict[tuple[int, ...], list[Sequence]] = defaultdict(list)
-            for sequence, length in zip(window, lengths, strict=True):
-                groups[tuple(sequence.tokens[:length])].append(sequence)
-            for prefix, members in groups.items():
-                self._choose_prefix(prefix, members)
+            for group in self._groups(new[start : start + _PREFIX_WINDOW]):
+                self.waiting += sorted(group, key=lambda s: (-s.max_tokens, -s.num_prompt))
+
+    def _groups(self, window: list[Sequence]) -> list[list[Sequence]]:
+        """The sequences of ``window`` by the prefix that they now have, in order of appearance."""
+        groups: dict[tuple[int, ...], list[Sequence]] = defaultdict(list)
+        if not self.limits.enable_prefix_caching:
+            return [window]
+        lengths = shared_prefix_lengths([s.shareable for s in window])
+        for sequence, length in zip(window, lengths, strict=True):
+            groups[tuple(sequence.tokens[:length])].append(sequence)
+        for prefix, members in groups.items():
+            self._choose_prefix(prefix, members)
+        return list(groups.values())
 
     def _choose_prefix(self, prefix: tuple[int, ...], members: list[Sequence]) -> None:
         """Give ``members`` the prefix they have in common, or what is warm of it where that saves more."""
