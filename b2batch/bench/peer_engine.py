@@ -63,7 +63,7 @@ class EnginePeer:
         saved_before = self._engine.scheduler_stats.num_prefix_tokens_saved
         for row in rows:
             self._engine.add(self._request(row))
-        occupancy = _Occupancy(self._engine, len(rows))
+        occupancy = Occupancy(self._engine, len(rows))
         found: dict[str, Answer] = {}
         while self._engine.has_work:
             for finished in self._engine.step():
@@ -100,7 +100,7 @@ class EnginePeer:
         )
 
 
-class _Occupancy:
+class Occupancy:
     """How full the batch is, from step to step."""
 
     def __init__(self, engine: Engine, num_rows: int) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+from b2batch.assets import REVIEWS_SAMPLE
 from b2batch.bench.peer_job import BenchRow
 from b2batch.bench.workload import GenerateWorkload, PromptShape, ScoreWorkload
 from b2batch.errors import InputError
@@ -154,3 +155,12 @@ def _choices(workload: GenerateWorkload | ScoreWorkload) -> tuple[str, ...]:
 
 def _text(chance: random.Random, num_words: int) -> str:
     return " ".join(chance.choices(WORDS, k=num_words))
+
+
+def write_reviews(path: Path, num_rows: int) -> None:
+    """The sample of reviews again and again, each time under another number: no row is like another."""
+    texts = [json.loads(line)["text"] for line in REVIEWS_SAMPLE.read_text("utf-8").splitlines()]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(num_rows):
+            row = {"text": f"{texts[i % len(texts)]} ({i})"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

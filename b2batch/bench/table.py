@@ -118,6 +118,22 @@ def driver_table(measurements: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def job_table(measurements: Mapping[str, Any], title: str) -> Table:
+    """Each kind of run: its phases in seconds, its steady rate and what that is of the engine's alone."""
+    table = _points_table(
+        title, ("what", "start s", "work s", "finish s", "rows/s, steady", "× engine alone", "batch")
+    )
+    alone = next(iter(measurements.values()))["rows_per_s"]
+    for name, found in measurements.items():
+        phases = (
+            f"{found[phase]:.1f}" if phase in found else "" for phase in ("start_s", "work_s", "finish_s")
+        )
+        rates = f"{found['rows_per_s']:.1f} ({min(found['rounds']):.1f}–{max(found['rounds']):.1f})"
+        batch = f"{found['occupancy']:.1%}" if "occupancy" in found else ""
+        table.add_row(name, *phases, rates, f"{found['rows_per_s'] / alone:.2f}", batch)
+    return table
+
+
 def faults_tables(measurements: Mapping[str, Any], title: str) -> list[Table]:
     """How often each fault came and how soon new rows came after it; then the account of the rows."""
     faults = _points_table(
@@ -147,6 +163,8 @@ def tables(record: RunRecord, comparison: Comparison | None) -> list[Table]:
         return [comparison_table(comparison, title)]
     if record.workload["kind"] == "driver":
         return [driver_table(record.measurements, f"{record.name}{busy}")]
+    if record.workload["kind"] == "job":
+        return [job_table(record.measurements, f"{record.name}: {record.workload['rows']} rows{busy}")]
     if record.workload["kind"] == "faults":
         return faults_tables(record.measurements, f"{record.name}, seed {record.workload['seed']}{busy}")
     return steps_tables(record.measurements, f"{record.name}: {record.model}, {record.dtype}{busy}")

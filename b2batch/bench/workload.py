@@ -119,6 +119,17 @@ class DriverWorkload(_Workload):
     ray_s: float = Field(default=30.0, ge=0, description="of the loop over real Ray calls; 0: leave it out")
 
 
+class JobWorkload(_Workload):
+    """Whole jobs on the embedded model with so many replicas, beside the engine alone on the same rows."""
+
+    kind: Literal["job"]
+    rows: int = Field(ge=10)
+    rows_per_unit: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    replicas: tuple[int, ...] = Field(min_length=1)
+    repeats: int = Field(default=3, ge=1)
+
+
 class FaultsWorkload(_Workload):
     """Jobs on the embedded model under random faults; ``seed`` decides the jobs and the faults."""
 
@@ -133,7 +144,7 @@ class FaultsWorkload(_Workload):
 
 
 Workload = Annotated[
-    GenerateWorkload | ScoreWorkload | StepsWorkload | DriverWorkload | FaultsWorkload,
+    GenerateWorkload | ScoreWorkload | StepsWorkload | DriverWorkload | JobWorkload | FaultsWorkload,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[Workload] = TypeAdapter(Workload)

@@ -1,0 +1,109 @@
+"""A whole job on the embedded model, phase by phase, and the engine alone on the same rows.
+
+    start      plan, Ray, and the replicas until all are ready
+    steady     from the first tenth of the rows answered to the last
+    finish     the last commit, the account, the end of Ray
+
+The engine's loop has its rows in memory and its tokenizer beside it: what a job costs beyond that is
+reading, Ray, Arrow and the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from b2batch.bench.child import cpu_s
+from b2batch.bench.peer_engine import Occupancy
+from b2batch.encoding import RowEncoder
+from b2batch.job import JobProgress, RunOptions, run_job
+from b2batch.models.loading import load_model
+from b2batch.rows import PromptRow
+from b2batch.spec import JobSpec, parse_spec
+from b2batch.worker import make_engine
+
+_TEMPLATE = "请判断下面这条评论的情感倾向,只回答“正面”或“负面”。\n{{ text }}"
+_STEADY_FROM, _STEADY_TO = 0.1, 0.9  # of the rows
+
+
+def run(document: Mapping[str, Any]) -> dict[str, Any]:
+    """``{input, output, replicas, rows_per_unit, max_tokens}``; no replicas: the engine alone."""
+    spec = _spec(document)
+    return _run_job(spec) if document["replicas"] else _run_engine(spec)
+
+
+def _spec(document: Mapping[str, Any]) -> JobSpec:
+    return parse_spec(
+        {
+            "name": "end-to-end",
+            "model": {"model": "baichuan2-tiny"},
+            "input": {"path": document["input"], "rows_per_unit": document["rows_per_unit"]},
+            "prompt": {"template": _TEMPLATE},
+            "sampling": {"max_tokens": document["max_tokens"], "ignore_eos": True},
+            "output": {"path": document["output"]},
+            "cluster": {"replicas": document["replicas"] or 1},
+        }
+    )
+
+
+def _run_job(spec: JobSpec) -> dict[str, Any]:
+    started_s = time.monotonic()
+    points: list[tuple[float, int]] = []
+    ready_s: list[float] = []
+
+    def note(progress: JobProgress) -> None:
+        now_s = time.monotonic() - started_s
+        points.append((now_s, progress.live.num_rows))
+        if progress.num_ready and not progress.num_starting:
+            ready_s.append(now_s)
+
+    result = run_job(spec, RunOptions(on_progress=note))
+    wall_s = time.monotonic() - started_s
+    num_rows = result.counts.num_rows
+    answered_s = next(at_s for at_s, rows in points if rows >= num_rows)
+    return {
+        "start_s": ready_s[0],
+        "work_s": answered_s - ready_s[0],
+        "finish_s": wall_s - answered_s,
+        "wall_s": wall_s,
+        "rows_per_s": _steady_rate(points, num_rows),
+    }
+
+
+def _steady_rate(points: list[tuple[float, int]], num_rows: int) -> float:
+    """Rows a second between the looks that are nearest to the bounds of the steady state."""
+    first_s, first = min(points, key=lambda point: abs(point[1] - _STEADY_FROM * num_rows))
+    last_s, last = min(points, key=lambda point: abs(point[1] - _STEADY_TO * num_rows))
+    return (last - first) / (last_s - first_s)
+
+
+def _run_engine(spec: JobSpec) -> dict[str, Any]:
+    """All rows queued, as fast as one engine answers them."""
+    torch.set_num_threads(1)
+    loaded = load_model(spec.model)
+    engine = make_engine(spec, loaded)
+    encoder = RowEncoder(spec, loaded.codec, loaded.checkpoint.generation_config)
+    with open(str(spec.input.path[0]), encoding="utf-8") as file:
+        rows = [PromptRow(f"0:{i}", b"", json.loads(line)) for i, line in enumerate(file)]
+    points: list[tuple[float, int]] = []
+    occupancy = Occupancy(engine, len(rows))
+    started_s, started_cpu_s, num_done = time.monotonic(), cpu_s(), 0
+    for row in rows:
+        engine.add(encoder.encode(row).request)
+    while engine.has_work:
+        for finished in engine.step():
+            completion = finished.completions[0]
+            loaded.codec.tokenizer.decode(list(completion.token_ids[: completion.num_text_tokens]))
+            num_done += 1
+        occupancy.note(num_done)
+        points.append((time.monotonic() - started_s, num_done))
+    return {
+        "wall_s": time.monotonic() - started_s,
+        "cpu_s": cpu_s() - started_cpu_s,
+        "rows_per_s": _steady_rate(points, len(rows)),
+        "occupancy": occupancy.facts()["occupancy"],
+    }
