@@ -97,7 +97,9 @@ def test_no_credentials_in_the_record() -> None:
         "input.path=s3://canary@bucket/x?region=eu",
         "model.model=https://canary@host/m",
     )
-    record = make_record(spec, UNITS, provenance={"index": "https://canary@host/x?secret_key=canary&region=eu"})
+    record = make_record(
+        spec, UNITS, provenance={"index": "https://canary@host/x?secret_key=canary&region=eu"}
+    )
     assert "canary" not in repr(record)
     assert "***@host/x?secret_key=***&region=eu" in repr(record)
 
