@@ -141,6 +141,8 @@ def _standing(spec: JobSpec, result: JobResult | None, error: B2BatchError | Non
 
 def _tell_end(end: dict[str, Any], view: Overview | None, wall_s: float) -> None:
     if not sys.stderr.isatty():
-        typer.echo(json.dumps(end, ensure_ascii=False), err=True)  # for schedulers that lose exit codes
+        run = end["run"] and {key: value for key, value in end["run"].items() if key != "metrics"}
+        line = json.dumps({**end, "run": run}, ensure_ascii=False)
+        typer.echo(line, err=True)  # for schedulers that lose exit codes
     if view is not None:
         print_facts([*overview_facts(view), ("took", duration(wall_s))])
