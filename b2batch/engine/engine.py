@@ -319,6 +319,7 @@ class Engine:
             constraints = [o.constraint for o in owners if isinstance(o, Sequence) and o.constraint]
             self._grammars.begin_masks(constraints)
 
+    @torch.inference_mode()
     def _constrain(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
         """``logits`` without the tokens that grammars forbid."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.constraint]
@@ -327,7 +328,9 @@ class Engine:
         assert self._grammars is not None
         forbidden = torch.from_numpy(self._grammars.masks()).to(logits.device)
         if len(rows) == len(sequences):
-            return logits.masked_fill(forbidden, float("-inf"))
+            if any(sequence.sampling.logprobs is not None for sequence in sequences):
+                return logits.masked_fill(forbidden, float("-inf"))  # they are told as the model gave them
+            return logits.masked_fill_(forbidden, float("-inf"))
         logits = logits.clone()
         logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
         return logits

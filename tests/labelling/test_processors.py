@@ -10,7 +10,7 @@ import pytest
 from b2batch.errors import SpecError
 from b2batch.job import prepare_job
 from b2batch.spec import parse_spec
-from labelling.running import REVIEWS, make_spec, run
+from labelling.running import REVIEW_TEMPLATE, REVIEWS, make_spec, run
 
 MODULE = """
 FORBIDDEN = {"坏行"}
@@ -47,7 +47,7 @@ def job(tmp_path: Path, texts: list[str]) -> Any:
             "columns": {"stars": "int64", "is_short": "bool"},
         },
         prompt={
-            "template": "{% if asked %}请判断下面这条评论的情感倾向,只回答“正面”或“负面”。\n{{ text }}{% endif %}"
+            "template": "{% if asked %}" + REVIEW_TEMPLATE + "{% endif %}",
         },
     )
 
