@@ -44,7 +44,7 @@ def write_fragment(directory: Path, name: str, text: str) -> None:
 def test_job_loads(path: Path) -> None:
     spec = load_spec(path)
 
-    assert spec.sampling.max_tokens is not None
+    assert spec.task != "generate" or spec.sampling.max_tokens is not None
     assert "/" in spec.model.model or spec.model.model in EMBEDDED_MODELS  # its name was resolved
 
 
