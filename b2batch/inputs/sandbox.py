@@ -4,7 +4,7 @@ A template is the job author's; the values in it come from rows that nobody has 
 make a template run for ever or fill the memory: each turn of a loop and each call looks at the clock,
 and whatever multiplies (``*``, ``**``, ``+``, ``~``, ``center``, ``replace``, …) is refused before it is
 made when the result would be over ``MAX_VALUE_SIZE``. A single filter over a value of that size is not
-interrupted; it ends by itself.
+interrupted; it ends by itself. Not measured: format widths, ``translate``, escaping and lists within lists.
 """
 
 from __future__ import annotations

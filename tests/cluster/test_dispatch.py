@@ -148,11 +148,12 @@ def test_a_unit_that_kills_before_a_row_begins_is_named():
     assert "signal 9" in str(fails[0].error)
 
 
-def test_a_dead_node_is_not_held_against_its_units():
+@pytest.mark.parametrize("loss", [Loss.NODE, Loss.MEMORY])
+def test_a_dead_node_is_not_held_against_its_units(loss):
     dispatcher, [lease] = started(num_units=1, num_replicas=1)
     for round_ in range(4):
         now_s = 100.0 * (round_ + 1)
-        actions = dispatcher.on_replica_lost(lease.replica_id, Loss.NODE, "", now_s)
+        actions = dispatcher.on_replica_lost(lease.replica_id, loss, "", now_s)
         assert dispatcher.on_unit_checked(0, None) == []
         [start] = of(StartReplica, actions + dispatcher.on_tick(now_s + 31))
         [lease] = dispatcher.on_replica_ready(start.replica_id, now_s + 31)

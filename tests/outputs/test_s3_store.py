@@ -218,6 +218,18 @@ def test_a_part_is_committed_once_whatever_happens_to_the_first_reply(
     assert directory.committed_units(UNITS).keys() == {1}
 
 
+def test_what_is_written_is_one_request_however_large(server: S3Server, store: S3Store) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def note(method: str, path: str) -> None:
+        asked.append((method, path.rpartition("/")[2]))
+
+    server.fault_of = note
+    assert store.put_if_absent("part-1", b"x" * (20 << 20)), "more than clients send in pieces by themselves"
+    assert [request for request in asked if request[1] == "part-1"] == [("PUT", "part-1")]
+    assert "POST" not in {method for method, _ in asked}
+
+
 def test_a_name_that_is_taken_by_something_else_is_not_taken_for_the_part(server: S3Server, out: str) -> None:
     directory = start(out)
     other = make_part(UNITS[2], RECORD.run_id)
