@@ -632,6 +632,11 @@ def resolve_env(text: str) -> str:
     return _ENV_REFERENCE.sub(value, text)
 
 
+def env_references(spec: JobSpec) -> set[str]:
+    """The names of all ``${env:NAME}`` that a job refers to."""
+    return set(_ENV_REFERENCE.findall(spec.model_dump_json()))
+
+
 def mask_env(text: str) -> str:
     """``text`` with each value that ``resolve_env`` has put in turned back into its reference.
 

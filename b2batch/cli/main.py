@@ -19,6 +19,7 @@ from b2batch.cli.models import models
 from b2batch.cli.plan import plan
 from b2batch.cli.preview import preview
 from b2batch.cli.run import run
+from b2batch.cli.schedule import schedule
 from b2batch.cli.status import status
 from b2batch.cli.validate import validate
 from b2batch.cli.verify import verify
@@ -50,8 +51,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-for verb in (init, validate, plan, preview, run, status, verify, export, compact, gc, doctor, bench):
+for verb in (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor):
     app.command()(verb)
+app.command()(bench)
 app.add_typer(models, name="models")
 
 
