@@ -51,9 +51,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-for verb in (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor):
+_VERBS = (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor, bench)
+for verb in _VERBS:
     app.command()(verb)
-app.command()(bench)
 app.add_typer(models, name="models")
 
 
