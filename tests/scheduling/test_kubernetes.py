@@ -61,8 +61,8 @@ def test_what_a_node_has_is_asked_for() -> None:
 
     resources = pod["containers"][0]["resources"]
     assert resources == {
-        "requests": {"cpu": 8, "memory": "64Gi"},
-        "limits": {"memory": "64Gi", "nvidia.com/gpu": 2},
+        "requests": {"cpu": "8", "memory": "64Gi"},
+        "limits": {"memory": "64Gi", "nvidia.com/gpu": "2"},
     }
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "labels"
     assert "nvidia.com/gpu" not in str(pod_of(cron_job()))
@@ -126,7 +126,7 @@ def test_ray_job_and_its_schedule_are_one_job() -> None:
     for group in (cluster["headGroupSpec"], workers):
         (container,) = group["template"]["spec"]["containers"]
         assert container["image"] == "example.org/b2batch"
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     assert job["spec"]["preRunningDeadlineSeconds"] > 0
 
