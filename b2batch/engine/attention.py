@@ -9,7 +9,7 @@ stretches of keys, and the two results are merged by their log-sum-exp:
 Keys and values of the whole step are written before anything attends, so a prefix may be computed
 in the very step that first uses it.
 
-Shapes: T tokens of the step · B sequences of a call · Q query heads · K key heads · G = Q / K ·
+Shapes: T tokens of the step · B sequences of the decode call · Q query heads · K key heads · G = Q / K ·
 S keys · D head size.
 """
 
@@ -21,11 +21,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from b2batch.engine.calls import Calls, DecodeCall, OwnCall, PrefixCall
+from b2batch.engine.cpu_decode import decode_attention
 
 ATTENTION_NAME = "b2batch"
 
@@ -88,8 +91,8 @@ def arena_attention(
     for own in step.calls.own:
         rows = slice(own.query, own.query + own.num_queries)
         out_TQD[rows], lse_TQ[rows] = layer.attend_own(own, query_TQD[rows])
-    for decode in step.calls.decode:
-        layer.attend_decode(decode, query_TQD, out_TQD, lse_TQ)
+    if step.calls.decode is not None:
+        layer.attend_decode(step.calls.decode, query_TQD, out_TQD, lse_TQ)
     for prefix in step.calls.prefix:
         rows = slice(prefix.query, prefix.query + prefix.num_queries)
         out, lse = layer.attend_prefix(prefix, query_TQD[rows])
@@ -98,12 +101,16 @@ def arena_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """A decode call in tensors: its queries, which of its rows are real, and what its scores get."""
+class _Spans:
+    """A decode call in arrays."""
 
     queries: Tensor
-    real: Tensor | None  # None: all are
-    bias: Tensor | None
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, call: DecodeCall) -> _Spans:
+        return cls(torch.tensor(call.queries), np.array(call.keys), np.array(call.lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,40 +147,14 @@ class _Layer:
         return bias.masked_fill(distance > 0, float("-inf"))
 
     def attend_decode(self, call: DecodeCall, query_TQD: Tensor, out_TQD: Tensor, lse_TQ: Tensor) -> None:
-        """One query each of B sequences against their spans, read through one strided view."""
-        rows = self.step.once(call, lambda: self._rows(call))
-        num_keys, num_heads, size = call.num_keys, self.keys.shape[1], self.keys.shape[2]
-        shape = (len(call.queries), num_heads, num_keys, size)
-        pitch = num_heads * size
-        strides, first = (call.stride * pitch, size, pitch, 1), call.key * pitch
-        query_BKGD = query_TQD.index_select(0, rows.queries).view(len(call.queries), num_heads, -1, size)
-        out_BKGD, lse_BKG = _scaled_attention(
-            query_BKGD,
-            self.keys.as_strided(shape, strides, first),
-            self.values.as_strided(shape, strides, first),
-            self.scaling,
-            rows.bias,
-            is_causal=False,
+        """One query each of B sequences against their spans."""
+        spans = self.step.once(call, lambda: _Spans.of(call))
+        query_BQD = query_TQD.index_select(0, spans.queries)
+        out_BQD, lse_BQ = decode_attention(
+            query_BQD, self.keys, self.values, spans.starts, spans.lengths, self.slopes, self.scaling
         )
-        out_BQD, lse_BQ, queries = out_BKGD.flatten(1, 2), lse_BKG.flatten(1, 2), rows.queries
-        if rows.real is not None:
-            out_BQD, lse_BQ, queries = (x.index_select(0, rows.real) for x in (out_BQD, lse_BQ, queries))
-        out_TQD.index_copy_(0, queries, out_BQD)
-        lse_TQ.index_copy_(0, queries, lse_BQ)
-
-    def _rows(self, call: DecodeCall) -> _Rows:
-        device = self.keys.device
-        lengths = torch.tensor(call.lengths, device=device)
-        real = None if min(call.lengths) else lengths.nonzero()[:, 0]
-        bias: Tensor | None = None
-        if self.slopes is not None or min(call.lengths) < call.num_keys:
-            distance = torch.arange(call.num_keys, device=device)[None, :] - (lengths[:, None] - 1)
-            bias = torch.zeros_like(distance, dtype=torch.float32)[:, None, None]
-            if self.slopes is not None:
-                slopes_KG = self.slopes.view(self.keys.shape[1], -1)
-                bias = slopes_KG[None, :, :, None] * distance[:, None, None]
-            bias = bias.masked_fill((distance > 0)[:, None, None], float("-inf"))
-        return _Rows(torch.tensor(call.queries, device=device), real, bias)
+        out_TQD.index_copy_(0, spans.queries, out_BQD)
+        lse_TQ.index_copy_(0, spans.queries, lse_BQ)
 
     def attend_prefix(self, call: PrefixCall, query_TQD: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of T queries, all of them after the prefix, to its S keys: out (T, Q, D), lse (T, Q).

@@ -14,9 +14,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_SLAB_SLOTS = 8
-_LEAST_SLOT = 32  # tokens; smaller spans are not worth a size of their own
-
 
 @dataclass(slots=True)
 class Span:
@@ -41,13 +38,12 @@ class SpanAllocator:
     def num_free(self) -> int:
         return sum(stop - start for start, stop in self._free)
 
-    def allocate(self, size: int, align: int = 1) -> Span | None:
-        """A span of ``size`` tokens from a multiple of ``align`` on, or None when none is free."""
+    def allocate(self, size: int) -> Span | None:
+        """A span of ``size`` tokens, or None when no free stretch is long enough."""
         for index, (start, stop) in enumerate(self._free):
-            first = -(-start // align) * align
-            if stop - first >= size:
-                self._take(index, first, size)
-                return Span(first, size)
+            if stop - start >= size:
+                self._take(index, start, size)
+                return Span(start, size)
         return None
 
     def extend(self, span: Span, size: int) -> bool:
@@ -72,11 +68,12 @@ class SpanAllocator:
             start = self._free.pop(index - 1)[0]
         insort(self._free, (start, stop))
 
-    def _take(self, index: int, first: int, size: int) -> None:
-        """Cut [first, first + size) out of a free stretch; what is left before and after stays free."""
-        start, stop = self._free[index]
-        rest = [(start, first), (first + size, stop)]
-        self._free[index : index + 1] = [stretch for stretch in rest if stretch[0] < stretch[1]]
+    def _take(self, index: int, start: int, size: int) -> None:
+        stop = self._free[index][1]
+        if stop - start == size:
+            del self._free[index]
+        else:
+            self._free[index] = (start + size, stop)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the free list is sorted, disjoint, coalesced and inside the arena."""
@@ -84,59 +81,6 @@ class SpanAllocator:
         for start, stop in self._free:
             assert last < start < stop <= self.num_tokens, self._free
             last = stop
-
-
-class SlabAllocator:
-    """Spans in sizes of powers of two, from slabs of ``_SLAB_SLOTS`` spans of one size.
-
-        slab of 128s   |--seq 4--|--seq 9--|..free..|--seq 2--| …
-
-    Spans of one size thus stand evenly spaced, and one strided view shows many sequences' keys. A
-    slab is taken from the arena when no other has a free slot, and given back with its last span.
-    """
-
-    def __init__(self, arena: SpanAllocator) -> None:
-        self._arena = arena
-        self._slabs: dict[int, list[Span]] = {}  # slot size → slabs in order of their making
-        self._free: dict[int, list[int]] = {}  # slab start → starts of its free slots, sorted
-        self._slab_of: dict[int, Span] = {}  # start of a span → its slab
-
-    @property
-    def num_free(self) -> int:
-        return sum(
-            size * len(self._free[slab.start]) for size, slabs in self._slabs.items() for slab in slabs
-        )
-
-    def allocate(self, size: int) -> Span | None:
-        """A span of the least power of two that holds ``size`` tokens, or None without room for a slab."""
-        slot = max(_LEAST_SLOT, 1 << (size - 1).bit_length())
-        slabs = self._slabs.setdefault(slot, [])
-        slab = next((slab for slab in slabs if self._free[slab.start]), None) or self._add_slab(slot)
-        if slab is None:
-            return None
-        start = self._free[slab.start].pop(0)
-        self._slab_of[start] = slab
-        return Span(start, slot)
-
-    def owns(self, span: Span) -> bool:
-        """Whether ``span`` stands in a slab, where it cannot grow."""
-        return span.start in self._slab_of
-
-    def free(self, span: Span) -> None:
-        """Give back a span that it owns."""
-        slab = self._slab_of.pop(span.start)
-        insort(self._free[slab.start], span.start)
-        if len(self._free[slab.start]) == _SLAB_SLOTS:
-            self._slabs[span.size].remove(slab)
-            del self._free[slab.start]
-            self._arena.free(slab)
-
-    def _add_slab(self, slot: int) -> Span | None:
-        slab = self._arena.allocate(slot * _SLAB_SLOTS, align=slot)
-        if slab is not None:
-            self._slabs[slot].append(slab)
-            self._free[slab.start] = list(range(slab.start, slab.stop, slot))
-        return slab
 
 
 @dataclass(slots=True, eq=False)

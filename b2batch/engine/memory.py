@@ -78,7 +78,7 @@ def resolve_limits(
             f"each), less than one sequence of model.max_model_len {max_model_len}; lower that, or free "
             "memory"
         )
-    return Limits(max_num_seqs, budget, int(tokens), spec.enable_prefix_caching, even_spans=on_cpu)
+    return Limits(max_num_seqs, budget, int(tokens), spec.enable_prefix_caching)
 
 
 def arena_bytes(spec: EngineSpec, model: PreTrainedModel, step: StepSize, device: torch.device) -> int:

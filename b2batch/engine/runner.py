@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from b2batch.engine import attention
 from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
+from b2batch.engine.cpu_decode import compile_kernel
 from b2batch.engine.kv import Span
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
-
-_PADDING_BYTES = 1 << 19  # keys and values that a core reads in the time that an attention call costs
 
 
 class Runner:
@@ -29,7 +28,9 @@ class Runner:
         self.model = model
         self.device = next(model.parameters()).device
         shape = KVShape.of(model)
-        self._padding_tokens = _PADDING_BYTES // shape.bytes_per_layer if self.device.type == "cpu" else None
+        self._joins_decodes = self.device.type == "cpu" and shape.dtype == torch.float32
+        if self._joins_decodes:
+            compile_kernel()
         self.caches = [
             (shape.arena(kv_cache_tokens, self.device), shape.arena(kv_cache_tokens, self.device))
             for _ in range(shape.num_layers)
@@ -61,7 +62,7 @@ class Runner:
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         slots = [chunk.slot + i for chunk in chunks for i in range(chunk.num_tokens)]
         position_ids = self._tensor(positions)
-        calls = plan_calls(chunks, self._padding_tokens)
+        calls = plan_calls(chunks, self._joins_decodes)
         context = StepContext(self._tensor(slots), position_ids, calls, self.caches)
         with attention.step_context(context):
             output = self.model(

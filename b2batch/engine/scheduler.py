@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from b2batch.engine.kv import PrefixCache, PrefixSpan, SlabAllocator, Span, SpanAllocator
+from b2batch.engine.kv import PrefixCache, PrefixSpan, SpanAllocator
 from b2batch.engine.prefixes import shared_prefix_lengths
 from b2batch.engine.sequence import Sequence
 
@@ -23,17 +23,12 @@ _PREFIX_WINDOW = 4096  # waiting sequences that are searched for common beginnin
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step may hold and what the arena can. All in tokens but ``max_num_seqs``.
-
-    ``even_spans`` takes spans from slabs where there is room, for backends that read many sequences'
-    keys through one strided view.
-    """
+    """What one step may hold and what the arena can. All in tokens but ``max_num_seqs``."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache_tokens: int
     enable_prefix_caching: bool = True
-    even_spans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +96,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
         self._allocator = SpanAllocator(limits.kv_cache_tokens)
-        self._slabs = SlabAllocator(self._allocator)
         self._prefixes = PrefixCache(self._allocator)
         self._ungrouped = 0  # sequences at the end of the queue that no prefix was sought for yet
         self._longest_answer = _FIRST_RESERVE
@@ -170,8 +164,7 @@ class Scheduler:
         spans.sort(key=lambda span: span.start)
         for before, after in pairwise(spans):
             assert before.stop <= after.start, (before, after)
-        num_free = self._allocator.num_free + self._slabs.num_free
-        assert sum(span.size for span in spans) + num_free == self.limits.kv_cache_tokens
+        assert sum(span.size for span in spans) + self._allocator.num_free == self.limits.kv_cache_tokens
 
     # -- running sequences --
 
@@ -199,13 +192,13 @@ class Scheduler:
         if used + num_tokens <= span.size:
             return True
         size = min(sequence.max_own, max(used + num_tokens, 2 * span.size))
-        if not self._slabs.owns(span) and self._allocator.extend(span, size):
+        if self._allocator.extend(span, size):
             return True
-        larger = self._allocate(size)
+        larger = self._prefixes.allocate(size)
         if larger is None:
             return False
         step.moves.append(Move(span.start, larger.start, used))
-        self._free(span)
+        self._allocator.free(span)
         sequence.span = larger
         return True
 
@@ -220,7 +213,7 @@ class Scheduler:
 
     def _give_back_span(self, sequence: Sequence) -> None:
         if sequence.span is not None:
-            self._free(sequence.span)
+            self._allocator.free(sequence.span)
             sequence.span = None
 
     def _release(self, sequence: Sequence) -> None:
@@ -257,26 +250,15 @@ class Scheduler:
         """Find a span, and the shared prefix if there is room for both; False when there is none."""
         if sequence.prefix_tokens and sequence.prefix is None:
             sequence.prefix = self._prefixes.acquire(sequence.prefix_tokens)
-        sequence.span = self._allocate(self._reservation(sequence))
+        sequence.span = self._prefixes.allocate(self._reservation(sequence))
         if sequence.span is None and not self.running:
             # Alone and still no room: it is the prefixes that queued sequences hold, its own included.
             for holder in self.waiting:
                 self._release(holder)
-            sequence.span = self._allocate(self._reservation(sequence))
+            sequence.span = self._prefixes.allocate(self._reservation(sequence))
         if sequence.span is None:
             self._release(sequence)
         return sequence.span is not None
-
-    def _allocate(self, size: int) -> Span | None:
-        """A span of at least ``size`` tokens; one of a slab only while that pushes no prefix out."""
-        span = self._slabs.allocate(size) if self.limits.even_spans else None
-        return span or self._prefixes.allocate(size)
-
-    def _free(self, span: Span) -> None:
-        if self._slabs.owns(span):
-            self._slabs.free(span)
-        else:
-            self._allocator.free(span)
 
     def _reservation(self, sequence: Sequence) -> int:
         """Own tokens to reserve: all known ones and the longest answer seen, at most what can come.

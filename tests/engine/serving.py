@@ -20,12 +20,11 @@ def engine_of(
     max_num_batched_tokens: int = 2048,
     kv_cache_tokens: int = 16_384,
     enable_prefix_caching: bool = True,
-    even_spans: bool = True,
     max_model_len: int = MAX_MODEL_LEN,
     stop_token_ids: Iterable[int] = (2,),
     decode: Any = None,
 ) -> Engine:
-    limits = Limits(max_num_seqs, max_num_batched_tokens, kv_cache_tokens, enable_prefix_caching, even_spans)
+    limits = Limits(max_num_seqs, max_num_batched_tokens, kv_cache_tokens, enable_prefix_caching)
     return Engine(
         model, limits, max_model_len=max_model_len, stop_token_ids=frozenset(stop_token_ids), decode=decode
     )

@@ -48,7 +48,6 @@ def assert_golden(results: dict[str, Finished], reference: Golden) -> None:
 SETTINGS = {
     "alone": {"max_num_seqs": 1},
     "mixed": {"max_num_seqs": 64},
-    "mixed, spans as they come": {"max_num_seqs": 64, "even_spans": False},
     "mixed, no sharing": {"max_num_seqs": 64, "enable_prefix_caching": False},
     "chunked": {"max_num_seqs": 16, "max_num_batched_tokens": 64},
     "chunked, no sharing": {"max_num_seqs": 16, "max_num_batched_tokens": 64, "enable_prefix_caching": False},

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from b2batch.engine.kv import PrefixCache, PrefixSpan, SlabAllocator, Span, SpanAllocator
+from b2batch.engine.kv import PrefixCache, PrefixSpan, Span, SpanAllocator
 
 ARENA = 64
 
@@ -128,50 +126,3 @@ def test_the_least_recently_used_prefix_gives_way() -> None:
     prefixes.release(again)
     assert prefixes.allocate(10) is not None
     assert {prefix.tokens[0] for prefix in prefixes} == {1, 3}
-
-
-class SlabMachine(RuleBasedStateMachine):
-    """Spans from slabs beside spans of the arena itself: none overlap, nothing is lost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arena = SpanAllocator(2048)
-        self.slabs = SlabAllocator(self.arena)
-        self.spans: list[Span] = []
-
-    @rule(size=st.integers(1, 200), from_slab=st.booleans())
-    def allocate(self, size: int, from_slab: bool) -> None:
-        span = (self.slabs if from_slab else self.arena).allocate(size)
-        if span is not None:
-            assert span.size >= size
-            assert self.slabs.owns(span) is from_slab
-            self.spans.append(span)
-
-    @precondition(lambda self: self.spans)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        span = self.spans.pop(data.draw(st.integers(0, len(self.spans) - 1)))
-        (self.slabs if self.slabs.owns(span) else self.arena).free(span)
-
-    @invariant()
-    def every_token_has_one_owner(self) -> None:
-        self.arena.check_integrity()
-        ordered = sorted(self.spans, key=lambda span: span.start)
-        assert all(before.stop <= after.start for before, after in pairwise(ordered))
-        used = sum(span.size for span in self.spans)
-        assert used + self.arena.num_free + self.slabs.num_free == 2048
-
-    @invariant()
-    def spans_of_one_size_stand_evenly(self) -> None:
-        for span in self.spans:
-            assert not self.slabs.owns(span) or span.start % span.size == 0
-
-    def teardown(self) -> None:
-        while self.spans:
-            span = self.spans.pop()
-            (self.slabs if self.slabs.owns(span) else self.arena).free(span)
-        assert self.arena.allocate(2048) == Span(0, 2048), "an empty slab was kept"
-
-
-TestSlabs = SlabMachine.TestCase
-TestSlabs.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
