@@ -32,10 +32,12 @@ NASTY = (
     "#!;&|<>~",
     "{run8}",
 )
+_seen = st.characters(blacklist_categories=("C", "Z"))
+_special = st.sampled_from(
+    [*" '\"$%\\{}()#`;&|<>*!~=-a评", "$$", "$(X)", "%%", "{{", "{%", "{#", '\\"', "%d"]
+)
 words = st.lists(
-    st.text(st.characters(blacklist_categories=("C", "Z")) | st.sampled_from(" '\"$%\\{}#`"), max_size=12),
-    min_size=1,
-    max_size=3,
+    st.lists(_special, max_size=8).map("".join) | st.text(_seen, max_size=12), min_size=1, max_size=3
 )
 
 
