@@ -64,3 +64,29 @@ class MemoryStore:
 
     def probe(self) -> None:
         prove_exclusive_creation(self)
+
+
+class CrashError(Exception):
+    """Stands for kill -9."""
+
+
+class CrashingStore(MemoryStore):
+    """Dies before its n-th write or removal; what was done until then stays."""
+
+    def __init__(self, shared: MemoryStore, num_steps: int) -> None:
+        super().__init__()
+        self.objects, self.written_s = shared.objects, shared.written_s
+        self._num_steps_left = num_steps
+
+    def _step(self) -> None:
+        if not self._num_steps_left:
+            raise CrashError
+        self._num_steps_left -= 1
+
+    def put(self, key: str, data: bytes) -> None:
+        self._step()
+        super().put(key, data)
+
+    def delete(self, key: str) -> None:
+        self._step()
+        super().delete(key)

@@ -20,7 +20,7 @@ from b2batch.outputs.schema import output_schema
 from b2batch.outputs.success import Success
 from b2batch.outputs.verify import VerifyReport, verify
 
-from .memory_store import MemoryStore
+from .memory_store import CrashError, CrashingStore, MemoryStore
 from .tiny_run import INPUT_SCHEMA, drive, make_part, make_record, make_spec, make_units, rows_digest
 
 SPEC, UNITS = make_spec(), make_units(6)
@@ -121,40 +121,14 @@ def test_merged_parts_are_merged_again(finished: MemoryStore) -> None:
     assert RunDirectory.existing(finished).generation.number == 3
 
 
-class _CrashError(Exception):
-    """Stands for kill -9."""
-
-
-class _Crashing(MemoryStore):
-    """Dies before its n-th write or removal; what was done until then stays."""
-
-    def __init__(self, shared: MemoryStore, num_steps: int) -> None:
-        super().__init__()
-        self.objects, self.written_s = shared.objects, shared.written_s
-        self._num_steps_left = num_steps
-
-    def _step(self) -> None:
-        if not self._num_steps_left:
-            raise _CrashError
-        self._num_steps_left -= 1
-
-    def put(self, key: str, data: bytes) -> None:
-        self._step()
-        super().put(key, data)
-
-    def delete(self, key: str) -> None:
-        self._step()
-        super().delete(key)
-
-
 def crashed(store: MemoryStore) -> Iterator[MemoryStore]:
     """A copy of ``store`` for each step at which a compaction can die, the dead driver's lease run out."""
     for num_steps in range(100):
         copy = MemoryStore()
         copy.objects, copy.written_s = dict(store.objects), dict(store.written_s)
         try:
-            compact(_Crashing(copy, num_steps))
-        except _CrashError:
+            compact(CrashingStore(copy, num_steps))
+        except CrashError:
             copy.now_s += 3600
             yield copy
         else:

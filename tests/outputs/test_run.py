@@ -15,7 +15,7 @@ from b2batch.outputs.store import LocalStore, open_store
 from b2batch.rows import UnitCounts
 from b2batch.spec import JobSpec
 
-from .memory_store import MemoryStore
+from .memory_store import CrashError, CrashingStore, MemoryStore
 from .tiny_run import PLAN, drive, make_part, make_record, make_spec, make_units, run_at
 
 SPEC, UNITS = make_spec(), make_units()
@@ -201,40 +201,14 @@ def test_run_with_a_live_driver_is_not_overwritten(memory: MemoryStore) -> None:
     assert RunDirectory.existing(memory).record.run_id == RECORD.run_id
 
 
-class _CrashError(Exception):
-    """Stands for kill -9."""
-
-
-class _Crashing(MemoryStore):
-    """Dies at its n-th write or removal; what was done before stays."""
-
-    def __init__(self, shared: MemoryStore, num_steps: int) -> None:
-        super().__init__()
-        self.objects, self.written_s = shared.objects, shared.written_s
-        self._num_steps_left = num_steps
-
-    def _step(self) -> None:
-        if not self._num_steps_left:
-            raise _CrashError
-        self._num_steps_left -= 1
-
-    def put(self, key: str, data: bytes) -> None:
-        self._step()
-        super().put(key, data)
-
-    def delete(self, key: str) -> None:
-        self._step()
-        super().delete(key)
-
-
 @pytest.mark.parametrize("new_spec", [OTHER_SPEC, SPEC], ids=["another run", "the same run again"])
 def test_overwrite_that_crashes_anywhere_is_completed_by_the_next_start(new_spec: JobSpec) -> None:
     for num_steps in range(100):
         store = MemoryStore()
         drive(store, SPEC, UNITS)
         try:
-            drive(_Crashing(store, num_steps), new_spec, UNITS, overwrite=True)
-        except _CrashError:
+            drive(CrashingStore(store, num_steps), new_spec, UNITS, overwrite=True)
+        except CrashError:
             store.now_s += 3600  # the lease of the dead driver
         else:
             break
@@ -257,8 +231,8 @@ def test_overwrite_that_crashed_is_itself_overwritten() -> None:
     for num_steps in range(5, 25):
         store = MemoryStore()
         drive(store, SPEC, UNITS)
-        with contextlib.suppress(_CrashError):
-            drive(_Crashing(store, num_steps), OTHER_SPEC, UNITS, overwrite=True)
+        with contextlib.suppress(CrashError):
+            drive(CrashingStore(store, num_steps), OTHER_SPEC, UNITS, overwrite=True)
         store.now_s += 3600
         drive(store, third, UNITS, overwrite=True)
         assert {key.split("-")[2][:8] for key in parts(store)} == {make_record(third, UNITS).run8}
