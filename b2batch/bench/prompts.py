@@ -158,9 +158,12 @@ def _text(chance: random.Random, num_words: int) -> str:
 
 
 def write_reviews(path: Path, num_rows: int) -> None:
-    """The sample of reviews again and again, each time under another number: no row is like another."""
+    """The sample of reviews again and again, each with its number before it, as rows of a dataset are:
+
+    they share the job's template and nothing more, so no text is computed once for many rows.
+    """
     texts = [json.loads(line)["text"] for line in REVIEWS_SAMPLE.read_text("utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         for i in range(num_rows):
-            row = {"text": f"{texts[i % len(texts)]} ({i})"}
+            row = {"text": f"({i}) {texts[i % len(texts)]}"}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
