@@ -31,12 +31,13 @@ from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.lease import Epoch
+from b2batch.outputs.lock import when_free
 from b2batch.outputs.record import RunRecord
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
-from b2batch.outputs.success import allowed_errors
+from b2batch.outputs.success import Success, allowed_errors
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, mask_env
 from b2batch.telemetry import Progress
@@ -99,6 +100,7 @@ class JobResult:
 class RunOptions:
     """How this start of a job is to be done; none of it changes a result.
 
+    ``wait_lock_s`` is how long it waits for another driver to end before it gives up.
     ``forced_code`` is what the process ends with once its caller cuts the run short by an exception of
     its own, for ``status.json``. It is asked for, since Ray turns a SystemExit raised in a signal
     handler into one with code 1.
@@ -106,6 +108,7 @@ class RunOptions:
 
     overwrite: bool = False
     takeover: bool = False
+    wait_lock_s: float = 0.0
     allow_foreign: bool = False
     on_progress: Callable[[JobProgress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
@@ -181,6 +184,17 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
     if options.should_stop():
         raise Drained("stopped before anything was started; the same command starts it")
     store = open_store(spec.output.path, job.record.run_id)
+    held = when_free(partial(_take, job, store, options), options.wait_lock_s, options.should_stop)
+    if isinstance(held, Success):
+        logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
+        return _result(job, store, held.counts, started_s, num_rows_resumed=held.counts.num_rows)
+    directory, epoch = held
+    with epoch:
+        return _Run(job, store, directory, epoch, options, started_s).drive()
+
+
+def _take(job: PreparedJob, store: Store, options: RunOptions) -> tuple[RunDirectory, Epoch] | Success:
+    """The run's directory and its lease; what ``_SUCCESS`` says where nothing is left to do."""
     directory = RunDirectory.open(
         store,
         job.record,
@@ -190,10 +204,8 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
     )
     success = directory.success()
     if success is not None and not success.partial:  # a partial one may be within today's budget
-        logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
-        return _result(job, store, success.counts, started_s, num_rows_resumed=success.counts.num_rows)
-    with directory.take_epoch(takeover=options.takeover) as epoch:
-        return _Run(job, store, directory, epoch, options, started_s).drive()
+        return success
+    return directory, directory.take_epoch(takeover=options.takeover)
 
 
 class _Run:

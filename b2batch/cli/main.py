@@ -15,6 +15,7 @@ from b2batch.cli.doctor import doctor
 from b2batch.cli.export import export
 from b2batch.cli.gc import gc
 from b2batch.cli.init import init
+from b2batch.cli.lock import lock
 from b2batch.cli.models import models
 from b2batch.cli.plan import plan
 from b2batch.cli.preview import preview
@@ -54,6 +55,7 @@ app = typer.Typer(
 _VERBS = (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor, bench)
 for verb in _VERBS:
     app.command()(verb)
+app.add_typer(lock, name="lock")
 app.add_typer(models, name="models")
 
 

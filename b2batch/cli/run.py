@@ -37,6 +37,12 @@ def run(
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Do not wait for another driver's lease to end.")
     ] = False,
+    wait_lock: Annotated[
+        float,
+        typer.Option(
+            "--wait-lock", metavar="SECONDS", min=0.0, help="Wait for another driver to end; inf: any time."
+        ),
+    ] = 0.0,
     allow_foreign: Annotated[
         bool, typer.Option("--allow-foreign", help="Write beside files that are not b2batch's.")
     ] = False,
@@ -66,7 +72,9 @@ def run(
     )
     from b2batch.job import RunOptions
 
-    options = RunOptions(overwrite=overwrite, takeover=takeover, allow_foreign=allow_foreign)
+    options = RunOptions(
+        overwrite=overwrite, takeover=takeover, wait_lock_s=wait_lock, allow_foreign=allow_foreign
+    )
     ends, error = [], None
     for spec in specs:
         end, failed = _run_one(spec, options, verbose, as_json)

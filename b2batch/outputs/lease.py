@@ -4,7 +4,8 @@ An epoch is taken by creating its file exclusively. Its holder rewrites the hear
 heartbeat older than the TTL, released, or left by a process that is gone from this very host, may take
 the next epoch. Ages come from the store's clock, never from two hosts' clocks; where that clock may have
 jumped, the heartbeat is watched instead. The lease saves work, it does not guard rows: two drivers past an
-expired lease are kept apart by the exclusive creation of parts.
+expired lease are kept apart by the exclusive creation of parts. Breaking a lease is taking the next epoch
+and giving it back at once: the driver whose lease it was is fenced at its next beat.
 """
 
 from __future__ import annotations
@@ -144,6 +145,26 @@ class Epoch:
         self._store.put(self._keys.heartbeat, encode_document(document))
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The newest epoch of a run as another process sees it. ``silent_s``: since its last sign of life."""
+
+    epoch: int
+    owner: Owner
+    silent_s: float
+    is_held: bool
+
+    @property
+    def is_beating(self) -> bool:
+        """Whether its holder was heard of within one and a half intervals, or seen to beat on."""
+        return self.is_held and not _WATCH_S < self.silent_s <= LEASE_TTL_S
+
+    @property
+    def ends_in_s(self) -> float:
+        """When it ends if nothing more is heard of its holder; 0 where it is free."""
+        return max(0.0, LEASE_TTL_S - max(0.0, self.silent_s)) if self.is_held else 0.0
+
+
 def take_epoch(store: Store, run8: str, job_id: str = "", takeover: bool = False) -> Epoch:
     """Become the driver of a run; removes what dead writers left in its staging directory.
 
@@ -151,19 +172,50 @@ def take_epoch(store: Store, run8: str, job_id: str = "", takeover: bool = False
         RunLocked: another driver is alive, or was heard of less than LEASE_TTL_S ago, and
             ``takeover`` is not set; or another driver won the race for the next epoch.
     """
-    keys = RunKeys(run8)
     newest = _newest_epoch(store, run8)
     if newest and not takeover:
-        _refuse_live_lease(store, run8, newest)
+        _refuse_live_lease(store, run8)
+    epoch = _create_epoch(store, run8, newest + 1, job_id)
+    _collect_orphans(store, RunKeys(run8))
+    return epoch
+
+
+def find_lease(store: Store, run8: str) -> Lease | None:
+    """The newest lease of a run, held or free; None before the first.
+
+    Takes 15 s where a clock jumped or its holder hangs: then the heartbeat is watched.
+    """
+    number = _newest_epoch(store, run8)
+    if not number:
+        return None
+    keys = RunKeys(run8)
+    owner, heartbeat = _read_owner(store, run8, number), _read_heartbeat(store, keys)
+    is_own = heartbeat.get("epoch") == number
+    written = [keys.epoch(number), keys.heartbeat] if is_own else [keys.epoch(number)]
+    silent_s = min(store.age_s(key) for key in written)
+    is_free = (is_own and heartbeat.get("released")) or owner.is_gone
+    return Lease(number, owner, silent_s, not is_free and not _is_over(store, keys, owner, silent_s))
+
+
+def break_lease(store: Store, run8: str, lease: Lease) -> int:
+    """End ``lease`` and no other: the epoch after it, which holds nothing, is returned.
+
+    Raises:
+        RunLocked: it was taken over meanwhile.
+    """
+    with _create_epoch(store, run8, lease.epoch + 1, "lock break") as epoch:
+        return epoch.number
+
+
+def _create_epoch(store: Store, run8: str, number: int, job_id: str) -> Epoch:
     owner = Owner.this_process(job_id)
-    if not store.put_if_absent(keys.epoch(newest + 1), encode_document(asdict(owner))):
-        winner = _read_owner(store, run8, newest + 1)
+    if not store.put_if_absent(RunKeys(run8).epoch(number), encode_document(asdict(owner))):
+        winner = _read_owner(store, run8, number)
         if winner != owner:
             raise RunLocked(f"{store.uri}: another driver was a moment faster: {winner}")
     failpoint("F3")
-    epoch = Epoch(store, run8, newest + 1)
+    epoch = Epoch(store, run8, number)
     epoch.beat()
-    _collect_orphans(store, keys)
     return epoch
 
 
@@ -178,21 +230,14 @@ def _newest_epoch(store: Store, run8: str) -> int:
     return max((int(stem) for stem in stems if stem.isdigit()), default=0)
 
 
-def _refuse_live_lease(store: Store, run8: str, number: int) -> None:
-    keys = RunKeys(run8)
-    owner = _read_owner(store, run8, number)
-    heartbeat = _read_heartbeat(store, keys)
-    is_own = heartbeat.get("epoch") == number
-    if (is_own and heartbeat.get("released")) or owner.is_gone:
-        return
-    written = [keys.epoch(number), keys.heartbeat] if is_own else [keys.epoch(number)]
-    age_s = min(store.age_s(key) for key in written)
-    if _is_over(store, keys, owner, age_s):
+def _refuse_live_lease(store: Store, run8: str) -> None:
+    lease = find_lease(store, run8)
+    if lease is None or not lease.is_held:
         return
     raise RunLocked(
-        f"{store.uri}: run {run8} is being worked on by epoch {number}: {owner}; last heartbeat "
-        f"{max(0.0, age_s):.0f} s ago, the lease ends {LEASE_TTL_S:.0f} s after the last one. "
-        "If that driver is surely dead, --takeover does not wait."
+        f"{store.uri}: run {run8} is being worked on by epoch {lease.epoch}: {lease.owner}; last heartbeat "
+        f"{max(0.0, lease.silent_s):.0f} s ago, the lease ends {LEASE_TTL_S:.0f} s after the last one. "
+        "--wait-lock waits for it; if that driver is surely dead, --takeover does not."
     )
 
 
