@@ -410,15 +410,19 @@ class _Run:
                 num_reused_rows=self._num_reused_rows,
                 started=self._started,
                 updated=_utc_now(),
-                rows_per_s=self._rows_per_s(),
+                num_rows=self._job.plan.num_rows,
+                rows_per_s=self._per_s(self._counts.num_rows - self._resumed.num_rows),
+                tokens_per_s=self._per_s(
+                    self._counts.num_generated_tokens - self._resumed.num_generated_tokens
+                ),
                 exit_code=exit_code,
                 reason=reason,
             ),
         )
 
-    def _rows_per_s(self) -> float:
+    def _per_s(self, number: int) -> float:
         elapsed_s = time.monotonic() - self._started_s
-        return round((self._counts.num_rows - self._resumed.num_rows) / elapsed_s, 3) if elapsed_s else 0.0
+        return round(number / elapsed_s, 3) if elapsed_s else 0.0
 
 
 def _result(job: PreparedJob, store: Store, counts: UnitCounts, started_s: float, **effort: int) -> JobResult:

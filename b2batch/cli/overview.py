@@ -22,13 +22,16 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
     if view.reason:
         yield "reason", shorten(view.reason, _MESSAGE_CHARS)
     counts = view.counts
-    yield "rows", f"{count(counts.num_rows)}: {_shares(view)}"
+    planned = f" of {count(view.num_rows_planned)}" if view.num_rows_planned > counts.num_rows else ""
+    yield "rows", f"{count(counts.num_rows)}{planned}: {_shares(view)}"
     if counts.num_length:
         yield "", "cut answers end early (finish_reason = length): raise sampling.max_tokens"
     yield "units", f"{count(view.num_units_committed)} of {count(view.num_units)} committed"
     yield "tokens", f"{count(counts.num_input_tokens)} in, {count(counts.num_generated_tokens)} out"
     if view.num_replicas:
-        yield "speed", f"{view.rows_per_s:.1f} rows/s on {plural(view.num_replicas, 'replica')}"
+        speed = f"{view.rows_per_s:.1f} rows/s, {view.tokens_per_s:.0f} tokens/s"
+        left = "?" if view.eta_s is None else duration(view.eta_s)
+        yield "speed", f"{speed} on {plural(view.num_replicas, 'replica')}, ETA {left}"
     if view.num_reused_rows:
         yield "reused", f"{plural(view.num_reused_rows, 'row')} got the answer to an identical request"
     extra = list(_extra_work(view))

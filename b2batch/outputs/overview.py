@@ -17,6 +17,7 @@ from b2batch.outputs.run import read_success
 from b2batch.outputs.status import RunState, Status, read_status
 from b2batch.outputs.store import Store
 from b2batch.rows import UnitCounts
+from b2batch.telemetry import eta_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Overview:
 
     ``state`` is None when a driver began and was not heard of since; ``is_silent``: it should be
     running, but its driver is gone or has not been heard of for longer than the lease lasts.
+    ``num_rows_planned`` is 0 where it is not known, ``eta_s`` None where nothing moves.
     ``failures`` are known once the run is finished, from the first 10,000 failed rows; so are the
     ``metrics`` of a job with gold labels.
     """
@@ -46,8 +48,11 @@ class Overview:
     counts: UnitCounts = field(default_factory=UnitCounts)
     num_units: int = 0
     num_units_committed: int = 0
+    num_rows_planned: int = 0
     num_replicas: int = 0
     rows_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+    eta_s: float | None = None
     num_replicas_lost: int = 0
     num_rows_again: int = 0
     num_out_of_memory: int = 0
@@ -110,8 +115,11 @@ def _of_status(store: Store, status: Status, now: datetime) -> Overview:
         counts=status.counts,
         num_units=status.num_units,
         num_units_committed=status.num_units_committed,
+        num_rows_planned=status.num_rows,
         num_replicas=status.num_replicas if is_running else 0,
         rows_per_s=status.rows_per_s,
+        tokens_per_s=status.tokens_per_s,
+        eta_s=eta_s(status.num_rows - status.counts.num_rows, status.rows_per_s) if is_running else None,
         num_replicas_lost=status.num_replicas_lost,
         num_rows_again=status.num_rows_again,
         num_out_of_memory=status.num_out_of_memory,

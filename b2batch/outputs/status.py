@@ -30,7 +30,8 @@ class RunState(StrEnum):
 class Status:
     """A run at one moment. ``exit_code`` is None while it runs; times are UTC, ISO 8601.
 
-    ``rows_per_s`` is the mean over this start of the driver, committed rows only. ``num_rows_again`` are
+    ``num_rows`` are the plan's, where ``counts`` are the committed ones'. ``rows_per_s`` and
+    ``tokens_per_s`` (generated ones) are means over this start of the driver. ``num_rows_again`` are
     the rows of units that this start began more than once (a lost replica, a failed attempt, a copy at
     the end); ``num_out_of_memory`` the steps that were made again with half the batch;
     ``num_reused_rows`` the rows that got the answer to an identical request.
@@ -47,7 +48,9 @@ class Status:
     updated: str
     exit_code: int | None = None
     reason: str = ""
+    num_rows: int = 0
     rows_per_s: float = 0.0
+    tokens_per_s: float = 0.0
     num_replicas_lost: int = 0
     num_rows_again: int = 0
     num_out_of_memory: int = 0
