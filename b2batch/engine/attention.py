@@ -15,7 +15,7 @@ S keys · D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -57,13 +57,13 @@ class StepContext:
         return self._made[key]
 
 
-_current: ContextVar[StepContext] = ContextVar("b2batch_step")
+_current: ContextVar[Mapping[torch.device, StepContext]] = ContextVar("b2batch_step")
 
 
 @contextmanager
-def step_context(context: StepContext) -> Iterator[None]:
-    """Make ``context`` the one that attention layers see; some models drop keyword arguments on the way."""
-    token = _current.set(context)
+def step_contexts(contexts: Mapping[torch.device, StepContext]) -> Iterator[None]:
+    """Let each layer see its device's context; some models drop keyword arguments on the way."""
+    token = _current.set(contexts)
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def arena_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
-    step = _current.get()
+    step = _current.get()[query.device]
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))

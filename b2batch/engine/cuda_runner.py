@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from b2batch.engine.cuda_attention import CudaAttention, HeadShape, Upload
 from b2batch.engine.graphs import Buckets, DecodeGraphs
 from b2batch.engine.runner import KVShape, Runner
 from b2batch.engine.scheduler import Chunk, Step
-from b2batch.engine.span_attention import LayerAttention, SpanStep, span_step
+from b2batch.engine.span_attention import LayerAttention, SpanStep, span_steps
 from b2batch.engine.spans import StepRows, Stretch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class CudaRunner(Runner):
         model.set_attn_implementation(span_attention.ATTENTION_NAME)
         self._kernels = kernels
         self._graphs: DecodeGraphs | None = None
-        if kernels.has_kernels:
+        if kernels.has_kernels and len(self.devices) == 1:  # a graph is of one device
             shapes = Buckets(max_num_seqs, scratch_slot=kv_cache_tokens)
             self._graphs = DecodeGraphs(self._forward, kernels.plan, shapes, self.device)
 
@@ -61,8 +61,15 @@ class CudaRunner(Runner):
             return self._graphs.run(rows)
         plan = self._kernels.plan(rows)
         lists = [rows.tokens, rows.positions, rows.slots, rows.wanted, *plan.tables]
-        tokens, positions, slots, wanted, *tables = Upload.of(lists, self.device).lists
-        return self._forward(tokens, positions, slots, plan.attention(positions, tables), wanted)
+        uploads = {device: Upload.of(lists, device).lists for device in self.devices}
+        steps = {
+            device: SpanStep(slots, self.caches, plan.attention(positions, tables))
+            for device, (_, positions, slots, _, *tables) in uploads.items()
+        }
+        tokens, positions, _, wanted, *_ = uploads[self.device]
+        if len(self.devices) > 1:
+            wanted = torch.tensor(rows.wanted, device=self.index_device)
+        return self._compute(tokens, positions, steps, wanted)
 
     def _forward(
         self,
@@ -73,7 +80,16 @@ class CudaRunner(Runner):
         wanted: Tensor | None = None,
     ) -> Tensor:
         """float32 logits of the wanted rows, or of all."""
-        with span_step(SpanStep(slots, self.caches, layers)):
+        return self._compute(tokens, positions, {self.device: SpanStep(slots, self.caches, layers)}, wanted)
+
+    def _compute(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        steps: Mapping[torch.device, SpanStep],
+        wanted: Tensor | None,
+    ) -> Tensor:
+        with span_steps(steps):
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],

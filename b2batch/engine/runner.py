@@ -27,13 +27,14 @@ class Runner:
         model.set_attn_implementation(attention.ATTENTION_NAME)
         self.model = model
         self.device = next(model.parameters()).device
+        layers = layer_devices(model)
+        self.devices = tuple(dict.fromkeys((self.device, *layers)))
         shape = KVShape.of(model)
         self._joins_decodes = self.device.type == "cpu" and shape.dtype == torch.float32
         if self._joins_decodes:
             compile_kernel()
         self.caches = [
-            (shape.arena(kv_cache_tokens, self.device), shape.arena(kv_cache_tokens, self.device))
-            for _ in range(shape.num_layers)
+            (shape.arena(kv_cache_tokens, device), shape.arena(kv_cache_tokens, device)) for device in layers
         ]
         self._hidden: Tensor | None = None
 
@@ -61,15 +62,17 @@ class Runner:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         slots = [chunk.slot + i for chunk in chunks for i in range(chunk.num_tokens)]
-        position_ids = self._tensor(positions)
         calls = plan_calls(chunks, self._joins_decodes)
-        context = StepContext(self._tensor(slots), position_ids, calls, self.caches)
-        with attention.step_context(context):
+        contexts = {
+            device: StepContext(_ids(slots, device), _ids(positions, device), calls, self.caches)
+            for device in self.devices
+        }
+        with attention.step_contexts(contexts):
             output = self.model(
-                input_ids=self._tensor(tokens)[None],
-                position_ids=position_ids[None],
+                input_ids=_ids(tokens, self.device)[None],
+                position_ids=contexts[self.device].positions[None],
                 use_cache=False,
-                logits_to_keep=self._tensor(_wanted_rows(chunks)),
+                logits_to_keep=_ids(_wanted_rows(chunks), self.index_device),
             )
         logits: Tensor = output.logits[0]
         return logits.float()
@@ -84,8 +87,25 @@ class Runner:
             stretch = cache[move.source : move.source + move.num_tokens].clone()
             cache[move.target : move.target + move.num_tokens] = stretch
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+    @property
+    def index_device(self) -> torch.device:
+        """Where the index of the wanted rows belongs. One on the host fits hidden states on any device."""
+        return self.device if len(self.devices) == 1 else torch.device("cpu")
+
+
+def _ids(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device of each layer's attention, which is where its keys and values belong."""
+    default = next(model.parameters()).device
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if index is not None and weight is not None:
+            found[index] = weight.device
+    return [found.get(index, default) for index in range(model.config.get_text_config().num_hidden_layers)]
 
 
 class KVShape:

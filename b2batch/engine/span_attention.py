@@ -8,12 +8,13 @@ Shapes: T tokens of the step · Q query heads · K key heads · S arena tokens �
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -43,14 +44,15 @@ class SpanStep:
     attention: LayerAttention
 
 
-_current: ContextVar[SpanStep] = ContextVar("b2batch_span_step")
+_current: ContextVar[Mapping[torch.device, SpanStep]] = ContextVar("b2batch_span_step")
 
 
 @contextmanager
-def span_step(step: SpanStep) -> Iterator[None]:
-    """Make ``step`` the one that attention layers see; some models drop keyword arguments on the way."""
-    token = _current.set(step)
-    step.attention.begin()
+def span_steps(steps: Mapping[torch.device, SpanStep]) -> Iterator[None]:
+    """Let each layer see the step on its device; some models drop keyword arguments on the way."""
+    token = _current.set(steps)
+    for step in steps.values():
+        step.attention.begin()
     try:
         yield
     finally:
@@ -67,7 +69,7 @@ def attend_spans(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
-    step = _current.get()
+    step = _current.get()[query.device]
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
     keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
