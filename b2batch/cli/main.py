@@ -15,13 +15,17 @@ from b2batch.cli.doctor import doctor
 from b2batch.cli.export import export
 from b2batch.cli.gc import gc
 from b2batch.cli.init import init
+from b2batch.cli.list_jobs import list_jobs
 from b2batch.cli.lock import lock
+from b2batch.cli.logs import logs
 from b2batch.cli.models import models
 from b2batch.cli.plan import plan
 from b2batch.cli.preview import preview
 from b2batch.cli.run import run
 from b2batch.cli.schedule import schedule
 from b2batch.cli.status import status
+from b2batch.cli.stop import stop
+from b2batch.cli.submit import submit
 from b2batch.cli.validate import validate
 from b2batch.cli.verify import verify
 from b2batch.errors import B2BatchError
@@ -53,8 +57,9 @@ app = typer.Typer(
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
 _VERBS = (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor, bench)
-for verb in _VERBS:
-    app.command()(verb)
+_CLUSTER_VERBS = (submit, list_jobs, logs, stop)
+for verb in (*_VERBS, *_CLUSTER_VERBS):
+    app.command("list" if verb is list_jobs else None)(verb)  # `list` is Python's
 app.add_typer(lock, name="lock")
 app.add_typer(models, name="models")
 

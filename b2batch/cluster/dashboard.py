@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ for _chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.jo
     logging.getLogger(_chatty).setLevel(logging.WARNING)  # they tell of each connection on stderr
 
 _TIMEOUT_S = 10.0
+_ERRNO = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
 _URL_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -169,7 +171,7 @@ class Dashboard:
         try:
             yield
         except (requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise Unreachable(f"the cluster at {self.url} does not answer: {_first_line(error)}") from error
+            raise Unreachable(f"the dashboard at {self.url} does not answer: {_cause(error)}") from error
         except AuthenticationError as error:
             raise CallerError(_unauthorised(self.url, error)) from error
         except RuntimeError as error:
@@ -183,8 +185,8 @@ class Dashboard:
         if "already exists" in text:
             return CallerError(f"the submission id {submission_id} was used before, and Ray takes an id once")
         if "WebSocket" in text:
-            return Unreachable(f"the cluster at {self.url} hung up")
-        return ClusterError(f"the cluster at {self.url} refused: {text.strip().splitlines()[-1][:500]}")
+            return Unreachable(f"the dashboard at {self.url} hung up")
+        return ClusterError(f"the dashboard at {self.url} refused: {text.strip().splitlines()[-1][:500]}")
 
 
 def _check_version(url: str) -> None:
@@ -231,6 +233,14 @@ def _unauthorised(url: str, error: AuthenticationError) -> str:
         f"{url} {what}: set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in the file "
         "that RAY_AUTH_TOKEN_PATH names (default ~/.ray/auth_token)"
     )
+
+
+def _cause(error: Exception) -> str:
+    """The system's own words, which requests wraps in five layers of its own."""
+    found = _ERRNO.search(str(error))
+    if found:
+        return found[1]
+    return f"{type(error).__name__}; the cluster's own port speaks no HTTP, the dashboard's (8265) does"
 
 
 def _first_line(error: Exception) -> str:
