@@ -13,9 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from b2batch.assets import REVIEWS_SAMPLE
-from b2batch.errors import Drained, DriftError, ErrorBudgetExceeded, InputError, ModelError, RunLocked
+from b2batch.errors import (
+    Drained,
+    DriftError,
+    ErrorBudgetExceeded,
+    Fenced,
+    InputError,
+    ModelError,
+    RunLocked,
+)
 from b2batch.job import RunOptions, run_job
+from b2batch.outputs import lease
 from b2batch.outputs.footer import read_footer
+from b2batch.outputs.lock import break_lock, find_lock
 from b2batch.spec import parse_spec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -146,6 +156,30 @@ def test_a_drained_run_goes_on_where_it_stopped(ray_cluster, calm, tmp_path):
     result = run_job(make_spec(output))
     assert result.num_rows_resumed == 20 * len(before)
     assert parts(output).items() >= before.items(), "committed parts are left as they are"
+    assert read_rows(output) == calm[1]
+
+
+def test_a_run_whose_lock_is_broken_cannot_finish_and_the_next_one_does(
+    ray_cluster, calm, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lease, "BEAT_INTERVAL_S", 0.0)
+    output = tmp_path / "out"
+    spec = make_spec(output)
+    broken_by = []
+
+    def break_its_lock(progress):
+        if progress.num_units_committed and not broken_by:
+            broken_by.append(break_lock(str(output), find_lock(str(output)).lease, force=True))
+
+    with pytest.raises(Fenced, match="epoch 2 took it over"):
+        run_job(spec, RunOptions(on_progress=break_its_lock))
+    assert broken_by == [2]
+    assert not (output / "_SUCCESS").exists()
+    before = parts(output)
+    assert 0 < len(before) < 10, "broken in the middle"
+    result = run_job(spec)
+    assert result.num_rows_resumed >= 20 * len(before)
+    assert parts(output).items() >= before.items()
     assert read_rows(output) == calm[1]
 
 
