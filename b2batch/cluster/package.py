@@ -50,6 +50,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """As YAML likes; in quotes what is not printed, of which PyYAML would fold the line breaks."""
+        is_printed = all(char.isprintable() or char == "\n" for char in text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_printed else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 def make_package(spec: JobSpec, working_dir: Path | None) -> Package:
     """The job file, the modules of its processors that are not installed, and what is in ``working_dir``.

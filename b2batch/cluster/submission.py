@@ -164,10 +164,10 @@ def wait(
     Raises:
         ClusterError: the cluster has not answered for two minutes; the job's end is not known.
     """
-    num_told, heard_s = 0, clock()
+    listener, heard_s = _Listener(tell), clock()
     while True:
         try:
-            num_told = _tell_rest(client.follow(submission_id), num_told, tell)
+            listener.hear(client.follow(submission_id))
             job = client.job(submission_id)
             heard_s = clock()
         except Unreachable as error:
@@ -182,15 +182,22 @@ def wait(
         sleep(_POLL_S)
 
 
-def _tell_rest(pieces: Iterator[str], num_told: int, tell: Callable[[str], None]) -> int:
-    """Tell what comes after the first ``num_told`` characters; a log that is followed again starts anew."""
-    position = 0
-    for piece in pieces:
-        fresh = piece[max(0, num_told - position) :]
-        position += len(piece)
-        if fresh:
-            tell(fresh)
-    return max(num_told, position)
+class _Listener:
+    """Tells what it has not told yet, though a log that is followed again begins anew."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._num_told = 0
+
+    def hear(self, pieces: Iterator[str]) -> None:
+        """Take a log in from its beginning, as far as it goes."""
+        position = 0
+        for piece in pieces:
+            fresh = piece[max(0, self._num_told - position) :]
+            position += len(piece)
+            if fresh:
+                self._num_told = position
+                self._tell(fresh)
 
 
 def end_line(logs: str) -> dict[str, Any] | None:
