@@ -45,7 +45,7 @@ class FakeJobs:
         return self.known[submission_id]
 
     def logs(self, submission_id: str) -> str:
-        return self.log.get(submission_id, "")
+        return self.log.get(self.job(submission_id).submission_id, "")
 
     def follow(self, submission_id: str) -> Iterator[str]:
         """What is there; each end in turn is taken when it was read."""

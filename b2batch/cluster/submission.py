@@ -221,8 +221,10 @@ def exit_code_of(job: SubmittedJob, end: Mapping[str, Any] | None) -> int:
     """What a process that stands for an ended job should end with.
 
     The driver's own code where it is known, by Ray or by ``end``, its last words; a driver killed by a
-    signal counts as a shell counts it.
+    signal counts as a shell counts it. A cluster without b2batch is the caller's fault.
     """
+    if job.exit_code == _NOT_FOUND:
+        return CallerError.exit_code
     if job.exit_code is not None and job.state is not JobState.STOPPED:
         return job.exit_code if job.exit_code >= 0 else _SIGNALLED - job.exit_code
     if job.state is JobState.STOPPED:
