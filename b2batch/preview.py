@@ -93,7 +93,7 @@ def _answer(
     from b2batch.models.loading import load_model
     from b2batch.worker import make_engine
 
-    loaded = load_model(spec.model)
+    loaded = load_model(spec.model, spec.cluster.gpus_per_model)
     few = spec.engine.model_copy(update={"max_num_seqs": max(1, len(requests) * spec.sampling.n)})
     engine = make_engine(spec.model_copy(update={"engine": few}), loaded)
     reader = make_reader(spec, encoder, engine, loaded.codec.tokenizer)

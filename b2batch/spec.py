@@ -446,6 +446,15 @@ class EngineSpec(_Section):
     )
 
 
+def _as_gpus(amount: float) -> float:
+    if amount > 1 and not amount.is_integer():
+        raise ValueError(f"a share is of one GPU, and more than one are whole, found {amount:g}")
+    return amount
+
+
+GpuShare = Annotated[float, Field(ge=0.0), AfterValidator(_as_gpus)]
+
+
 class ClusterSpec(_Section):
     """Where replicas run. ``replicas: auto`` is as many as the GPUs (or cores) carry."""
 
@@ -453,7 +462,9 @@ class ClusterSpec(_Section):
         default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…"
     )
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    gpus_per_replica: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    gpus_per_replica: Literal["auto"] | GpuShare = Field(
+        default="auto", description="GPUs of one node; a model is spread over more than 1"
+    )
     cpus_per_replica: Annotated[float, Field(gt=0.0)] = 1.0
     start_timeout_s: float = Field(
         default=600.0, gt=0.0, description="how long to wait for the first replica"
@@ -464,6 +475,11 @@ class ClusterSpec(_Section):
     drain_grace_s: float = Field(
         default=30.0, ge=0.0, description="after SIGTERM: how long leased units may go on"
     )
+
+    @property
+    def gpus_per_model(self) -> int:
+        """Devices that the model of a replica is spread over."""
+        return 1 if self.gpus_per_replica == "auto" else max(1, int(self.gpus_per_replica))
 
 
 class ErrorsSpec(_Section):

@@ -114,7 +114,7 @@ def make_worker(args: WorkerArgs) -> Worker:
 
 
 def _load(spec: JobSpec, rank: int) -> LoadedModel:
-    loaded = load_model(spec.model)
+    loaded = load_model(spec.model, spec.cluster.gpus_per_model)
     if spec.engine.tensor_parallel_size > 1:
         shard(loaded.model, rank, spec.engine.tensor_parallel_size)
     return loaded

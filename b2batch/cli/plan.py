@@ -133,7 +133,8 @@ def _memory_facts(found: Estimate) -> Iterator[tuple[str, str]]:
     if found.fit is not None:
         fit = found.fit
         room = f"{count(fit.num_kv_tokens)} tokens of KV, {fit.num_contexts:.1f} full contexts"
-        yield "", f"on {gigabytes(fit.device_bytes)}: {room}; {fit.advice}"
+        gpus = f"{fit.num_devices} × " if fit.num_devices > 1 else ""
+        yield "", f"on {gpus}{gigabytes(fit.device_bytes)}: {room}; {fit.advice}"
 
 
 def _output_facts(found: Estimate) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import psutil
@@ -9,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from b2batch.engine.memory_plan import GB, MemoryPlan, StepSize
-from b2batch.engine.runner import KVShape
+from b2batch.engine.runner import KVShape, layer_devices
 from b2batch.engine.scheduler import Limits
 from b2batch.errors import ModelError, SpecError
 from b2batch.models.checkpoint import open_checkpoint
 from b2batch.models.families import family_of
-from b2batch.models.footprint import Architecture, workspace_bytes
-from b2batch.models.loading import pick_device, pick_dtype
+from b2batch.models.footprint import Architecture, graph_bytes, workspace_bytes
+from b2batch.models.loading import pick_device, pick_dtype, refuse_missing_gpus
 from b2batch.spec import EngineSpec, JobSpec
 
 _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a host
@@ -24,22 +25,17 @@ _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a hos
 def refuse_too_large(spec: JobSpec) -> None:
     """Before minutes of loading: ModelError if the model and one sequence do not fit the device here."""
     device = pick_device(spec.model)
-    gpus = spec.cluster.gpus_per_replica
-    if gpus != "auto" and gpus > 1:
-        raise SpecError(
-            f"cluster.gpus_per_replica: {gpus:g}, but a model is not split over GPUs in this version; use "
-            "model.quantization, or a larger GPU"
-        )
+    refuse_missing_gpus(spec.model, spec.cluster.gpus_per_model)
     if device.type == "cuda" and spec.engine.tensor_parallel_size > 1:
         raise SpecError(
             "engine.tensor_parallel_size: only CPU replicas are split over processes in this version, and "
-            "this one is on a GPU"
+            "this one is on a GPU; cluster.gpus_per_replica spreads a model over several"
         )
     checkpoint = open_checkpoint(spec.model, weights=False)
     dtype = str(pick_dtype(spec.model, checkpoint, device)).removeprefix("torch.")
     max_model_len = family_of(checkpoint).codec(checkpoint, spec.model).max_model_len
     plan = replace(MemoryPlan.of(spec, checkpoint, max_model_len), dtype=dtype)
-    free = _free_bytes(device)
+    free = min(_free_bytes(each) for each in _devices(device, plan.num_devices))
     if device.type == "cpu":
         fits, advice = plan.weight_bytes + plan.kv_bytes_per_token * max_model_len <= free, "does not fit"
     else:
@@ -48,8 +44,16 @@ def refuse_too_large(spec: JobSpec) -> None:
         raise ModelError(
             f"{checkpoint.source} in {dtype}: {plan.weight_bytes / GB:.1f} GB of weights, "
             f"{plan.kv_bytes_per_token * max_model_len / GB:.1f} GB of keys and values for one sequence of "
-            f"{max_model_len} tokens; {device.type} has {free / GB:.1f} GB free: {advice}"
+            f"{max_model_len} tokens; {_named(device, plan.num_devices)} {free / GB:.1f} GB free: {advice}"
         )
+
+
+def _devices(device: torch.device, num_devices: int) -> list[torch.device]:
+    return [device] if num_devices == 1 else [torch.device(device.type, i) for i in range(num_devices)]
+
+
+def _named(device: torch.device, num_devices: int) -> str:
+    return f"{device.type} has" if num_devices == 1 else f"each of {num_devices} {device.type} devices has"
 
 
 def resolve_limits(
@@ -66,7 +70,10 @@ def resolve_limits(
     step = StepSize.of(spec, on_cpu=on_cpu)
     max_num_seqs, budget = step.max_num_seqs, step.max_num_batched_tokens
     shape = KVShape.of(model)
-    free_tokens = arena_bytes(spec, model, step, device) // shape.bytes_per_token
+    free_tokens = min(  # the device with the least room for the keys and values of its layers
+        arena_bytes(spec, model, step, place) // (num_layers * shape.bytes_per_layer)
+        for place, num_layers in Counter(layer_devices(model)).items()
+    )
     tokens = (
         min(free_tokens, max_num_seqs * max_model_len)
         if spec.kv_cache_tokens == "auto"
@@ -89,6 +96,8 @@ def arena_bytes(spec: EngineSpec, model: PreTrainedModel, step: StepSize, device
     shape = Architecture.of(model.config.get_text_config().to_dict())
     dtype = str(model.dtype).removeprefix("torch.")
     work = workspace_bytes(shape, dtype, step.max_num_seqs, step.max_num_batched_tokens)
+    if len(set(layer_devices(model))) == 1:
+        work += graph_bytes(shape, dtype, step.max_num_seqs)
     return max(0, int((free - work) * spec.gpu_memory_utilization))
 
 

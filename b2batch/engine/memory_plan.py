@@ -1,7 +1,8 @@
 """Does a model fit a device, and what would make it fit? Worked out from its config, before anything loads.
 
-A device holds, beside what CUDA itself takes, the weights, the work of the largest step and, of what is
-left, ``engine.gpu_memory_utilization`` for keys and values.
+A device holds, beside what CUDA itself takes, the weights, the work of the largest step, what CUDA graphs
+keep and, of what is left, ``engine.gpu_memory_utilization`` for keys and values. Of a model over several
+devices (``models/spreading.py``) the one with the least room a layer counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from dataclasses import dataclass, replace
 from b2batch.errors import SpecError
 from b2batch.models.checkpoint import Checkpoint
 from b2batch.models.facts import gpu_dtype
-from b2batch.models.footprint import Architecture, kv_bytes_per_token, weight_bytes, workspace_bytes
+from b2batch.models.footprint import (
+    Architecture,
+    graph_bytes,
+    kv_bytes_per_token,
+    stages,
+    weight_bytes,
+    workspace_bytes,
+)
 from b2batch.spec import EngineSpec, JobSpec
 
 GB = 1_000_000_000
@@ -20,6 +28,7 @@ _CPU_SEQS, _CPU_TOKENS = 64, 1024
 _CUDA_SEQS, _CUDA_TOKENS = 256, 8192
 _CONTEXT_BYTES = 600_000_000  # what CUDA and torch hold on a device before the first tensor
 _FEW_CONTEXTS = 16  # with room for fewer full contexts a GPU waits for memory rather than for work
+_MOST_GPUS = 8  # of a node, in advice
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", re.IGNORECASE)
 _BYTES_OF_UNIT = {"gb": GB, "gib": 1 << 30, "mb": 1_000_000, "mib": 1 << 20}
 
@@ -52,9 +61,10 @@ class StepSize:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFit:
-    """What a device of ``device_bytes`` holds. ``num_contexts`` counts sequences of full length."""
+    """What devices of ``device_bytes`` each hold. ``num_contexts`` counts sequences of full length."""
 
     device_bytes: int
+    num_devices: int
     num_kv_tokens: int
     num_contexts: float
     fits: bool
@@ -73,12 +83,14 @@ class MemoryPlan:
     max_model_len: int
     step: StepSize
     utilization: float
+    num_devices: int = 1
+    has_graphs: bool = True
 
     @classmethod
     def of(cls, spec: JobSpec, checkpoint: Checkpoint, max_model_len: int) -> MemoryPlan:
         """The plan of a job on GPUs, or on a CPU where the spec asks for one."""
         stored, dtype = checkpoint.quantization, gpu_dtype(checkpoint, spec.model)
-        kv_dtype = spec.engine.kv_cache_dtype
+        kv_dtype, on_cpu = spec.engine.kv_cache_dtype, spec.model.device == "cpu"
         return cls(
             shape=Architecture.of(checkpoint.config),
             dtype=dtype,
@@ -86,12 +98,15 @@ class MemoryPlan:
             quantization=stored or spec.model.quantization,
             can_quantize=stored is None,
             max_model_len=max_model_len,
-            step=StepSize.of(spec.engine, on_cpu=spec.model.device == "cpu"),
+            step=StepSize.of(spec.engine, on_cpu=on_cpu),
             utilization=spec.engine.gpu_memory_utilization,
+            num_devices=spec.cluster.gpus_per_model,
+            has_graphs=not on_cpu,
         )
 
     @property
     def weight_bytes(self) -> int:
+        """Of the whole model."""
         return weight_bytes(self.shape, self.dtype, self.quantization)
 
     @property
@@ -100,14 +115,22 @@ class MemoryPlan:
 
     @property
     def workspace_bytes(self) -> int:
-        return workspace_bytes(
-            self.shape, self.dtype, self.step.max_num_seqs, self.step.max_num_batched_tokens
-        )
+        """Beside weights and KV, on each device."""
+        num_seqs, num_tokens = self.step.max_num_seqs, self.step.max_num_batched_tokens
+        work = workspace_bytes(self.shape, self.dtype, num_seqs, num_tokens)
+        if self.has_graphs and self.num_devices == 1:
+            work += graph_bytes(self.shape, self.dtype, num_seqs)
+        return work
 
     def num_kv_tokens(self, device_bytes: int) -> int:
-        """Tokens of keys and values that a device of this size holds; 0 where not even the weights fit."""
-        room = device_bytes - _CONTEXT_BYTES - self.workspace_bytes - self.weight_bytes
-        return max(0, int(room * self.utilization) // self.kv_bytes_per_token)
+        """Tokens of keys and values that devices of this size hold; 0 where not even the weights fit."""
+        room = device_bytes - _CONTEXT_BYTES - self.workspace_bytes
+        of_a_layer = self.kv_bytes_per_token // self.shape.num_layers
+        return min(
+            max(0, int((room - stage.weight_bytes) * self.utilization)) // (stage.num_layers * of_a_layer)
+            for stage in stages(self.shape, self.dtype, self.quantization, self.num_devices)
+            if stage.num_layers
+        )
 
     def on(self, device_bytes: int) -> MemoryFit:
         """How the model fits a device of this size, and what would give it more room."""
@@ -115,6 +138,7 @@ class MemoryPlan:
         num_contexts = num_tokens / self.max_model_len
         return MemoryFit(
             device_bytes,
+            self.num_devices,
             num_tokens,
             num_contexts,
             num_contexts >= 1,
@@ -128,12 +152,23 @@ class MemoryPlan:
             if (contexts := tokens / self.max_model_len) >= max(1.0, 2 * num_contexts):
                 better.append(f"model.quantization: {method} ({contexts:.1f} full contexts)")
         if num_contexts < 1:
-            return (
-                f"does not fit; would: {', or '.join(better)}" if better else "does not fit, quantised or not"
-            )
+            better += self._spread(device_bytes)
+            if not better:
+                return f"does not fit, quantised or not, nor over {_MOST_GPUS} GPUs"
+            return f"does not fit; would: {', or '.join(better)}"
         if num_contexts < _FEW_CONTEXTS and better:
             return f"fits, with few long sequences at a time; more room: {', or '.join(better)}"
         return "fits"
+
+    def _spread(self, device_bytes: int) -> list[str]:
+        """The fewest GPUs, of those that divide a node evenly, over which the model fits as it is."""
+        num_devices = 2 * self.num_devices
+        while num_devices <= _MOST_GPUS:
+            tokens = replace(self, num_devices=num_devices).num_kv_tokens(device_bytes)
+            if (contexts := tokens / self.max_model_len) >= 1:
+                return [f"cluster.gpus_per_replica: {num_devices} ({contexts:.1f} full contexts)"]
+            num_devices *= 2
+        return []
 
     def _smaller(self) -> tuple[str, ...]:
         if not self.can_quantize:

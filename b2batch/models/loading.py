@@ -18,6 +18,8 @@ from b2batch.models.adapter import apply_adapter
 from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM, NormHead, wide_linear
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.families import PromptCodec, family_of
+from b2batch.models.footprint import Architecture, stages
+from b2batch.models.spreading import carry_between_blocks, spread_by_layers
 from b2batch.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,14 @@ def pick_device(spec: ModelSpec) -> torch.device:
     if spec.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+def refuse_missing_gpus(spec: ModelSpec, num_gpus: int) -> None:
+    """ModelError unless the model can be spread over ``num_gpus`` here; one is always right."""
+    found = torch.cuda.device_count() if pick_device(spec).type == "cuda" else 0
+    if num_gpus > max(1, found):
+        where = "the model is on a CPU" if not found else f"torch sees {found} of them here"
+        raise ModelError(f"cluster.gpus_per_replica: {num_gpus} CUDA devices are wanted, but {where}")
 
 
 def pick_dtype(spec: ModelSpec, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -103,19 +113,21 @@ def pick_compute_dtype(
     return getattr(torch, str(stored)) if stored and device.type == "cuda" else dtype
 
 
-def load_model(spec: ModelSpec) -> LoadedModel:
+def load_model(spec: ModelSpec, num_gpus: int = 1) -> LoadedModel:
     """Load a checkpoint for inference; transformers' own loading, and never any remote code.
 
-    Weights go to the device one tensor at a time, and are quantised there where that is asked for.
+    Weights go to the device one tensor at a time, and are quantised there where that is asked for. On
+    several GPUs the layers are spread over the first ``num_gpus`` that are visible.
 
     Raises:
         ModelError: the files are damaged, or the architecture cannot run on the engine.
         SpecError: the spec asks for what the checkpoint cannot be.
     """
+    refuse_missing_gpus(spec, num_gpus)
     checkpoint = open_checkpoint(spec, weights=True)
     family = family_of(checkpoint)
     codec = family.codec(checkpoint, spec)
-    model = read_model(spec, checkpoint, family.config_overrides(checkpoint, spec))
+    model = read_model(spec, checkpoint, family.config_overrides(checkpoint, spec), num_gpus)
     if checkpoint.adapter is not None:
         dtype, is_quantized = model.dtype, pick_quantization(spec, checkpoint) is not None
         model = _in_dtype(apply_adapter(model, checkpoint.adapter, merge=not is_quantized), dtype)
@@ -129,10 +141,15 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         head.is_wide = spec.head_dtype == "float32"
     elif isinstance(head, nn.Linear) and model.dtype != torch.float32 and spec.head_dtype == "float32":
         model.set_output_embeddings(WideHead(head))
+    if num_gpus > 1:
+        places = cast("dict[str, Any]", model.hf_device_map)
+        carry_between_blocks(model, {name: torch.device("cuda", index) for name, index in places.items()})
     return LoadedModel(model.eval().requires_grad_(False), codec, checkpoint)
 
 
-def read_model(spec: ModelSpec, checkpoint: Checkpoint, overrides: dict[str, Any]) -> PreTrainedModel:
+def read_model(
+    spec: ModelSpec, checkpoint: Checkpoint, overrides: dict[str, Any], num_gpus: int = 1
+) -> PreTrainedModel:
     """The checkpoint's model with its weights on their device, quantised as asked; its head is its own."""
     device = pick_device(spec)
     dtype = pick_dtype(spec, checkpoint, device)
@@ -141,7 +158,7 @@ def read_model(spec: ModelSpec, checkpoint: Checkpoint, overrides: dict[str, Any
     config = _read_config(checkpoint, overrides)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if device.type == "cuda":
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": device} if num_gpus == 1 else _spread(config, dtype, method, num_gpus)
     if method is not None:
         settings = quantized.quantization_settings(method, compute_dtype)
         if checkpoint.quantization is None:
@@ -153,6 +170,14 @@ def read_model(spec: ModelSpec, checkpoint: Checkpoint, overrides: dict[str, Any
         quantized.check_quantized(model, checkpoint.source)
         quantized.settle_on_cpu(model, compute_dtype)
     return _in_dtype(model, dtype)
+
+
+def _spread(
+    config: PreTrainedConfig, dtype: torch.dtype, method: str | None, num_gpus: int
+) -> dict[str, int]:
+    shape = Architecture.of(config.to_dict())
+    parts = stages(shape, str(dtype).removeprefix("torch."), method, num_gpus)
+    return spread_by_layers(config, [part.num_layers for part in parts])
 
 
 def _read_config(checkpoint: Checkpoint, overrides: dict[str, Any]) -> PreTrainedConfig:

@@ -10,8 +10,9 @@ import pytest
 
 from b2batch.engine.memory import refuse_too_large
 from b2batch.engine.memory_plan import MemoryPlan, parse_size
-from b2batch.errors import SpecError
+from b2batch.errors import ModelError, SpecError
 from b2batch.models.checkpoint import Checkpoint
+from b2batch.models.footprint import graph_bytes
 from b2batch.spec import parse_spec
 
 _7B = {
@@ -100,25 +101,43 @@ def test_keys_and_values_of_a_token() -> None:
 @pytest.mark.parametrize(
     ("name", "gpu", "fits", "advice"),
     [
-        ("7B-Base", 24, True, "few long sequences.*: model.quantization: nf4"),  # 2.9 contexts, else 6.9
-        ("7B-Base", 40, True, "^fits$"),  # 9.6 contexts, and nothing gives twice that
+        ("7B-Base", 24, True, r"few long sequences.*model\.quantization: nf4 \(6\.7"),
+        ("7B-Base", 40, True, "^fits$"),
         ("7B-Base", 80, True, "^fits$"),
         ("7B-Base", 141, True, "^fits$"),
         ("7B-Chat-4bits", 24, True, "^fits$"),
-        ("7B-Chat-4bits", 8, False, "does not fit, quantised or not"),
-        ("13B-Chat", 24, False, "does not fit; would: .*int8.*nf4"),
+        ("7B-Chat-4bits", 8, False, r"^does not fit; would: cluster\.gpus_per_replica: 2 \("),
+        (
+            "13B-Chat",
+            24,
+            False,
+            r"would: model\.quantization: int8 .* nf4 .* cluster\.gpus_per_replica: 2 \(4\.2",
+        ),
         ("13B-Chat", 40, True, "few long sequences.*int8.*nf4"),
         ("13B-Chat", 80, True, "^fits$"),
         ("13B-Chat", 141, True, "^fits$"),
         ("13B-Chat-4bits", 24, True, "^fits$"),
         ("13B-Chat-4bits", 80, True, "^fits$"),
-        ("13B-Chat", 2, False, "does not fit, quantised or not"),
+        ("13B-Chat", 2, False, "does not fit, quantised or not, nor over 8 GPUs"),
     ],
 )
 def test_advice_for_a_described_gpu(name: str, gpu: int, fits: bool, advice: str) -> None:
     fit = plan_of(name).on(gpu * 10**9)
     assert fit.fits is fits
     assert re.search(advice, fit.advice), (fit.num_contexts, fit.advice)
+
+
+def test_a_7b_on_24_gb_worked_out_by_hand() -> None:
+    """15.01 GB of weights, 0.6 of CUDA; activations of 8192 · 114,688 B (attention, wide rotation) and four
+    times 256 · 125,696 float32 logits; graphs: three times more, 36 · 256 · 4096 floats, activations of 256.
+    """
+    step = 8192 * 114_688 + 4 * 4 * 256 * 125_696
+    graphs = 3 * 4 * 256 * 125_696 + 36 * 4 * 256 * 4096 + 256 * 114_688
+    assert plan_of("7B-Base").workspace_bytes == step + graphs
+    room = 24 * 10**9 - 600_000_000 - step - graphs - 2 * 7_505_973_248
+    fit = plan_of("7B-Base").on(24 * 10**9)
+    assert fit.num_kv_tokens == int(room * 0.9) // (512 * 1024)
+    assert round(fit.num_contexts, 1) == 2.7
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -136,11 +155,28 @@ def test_keys_and_values_of_another_dtype_take_other_room() -> None:
     assert wide.weight_bytes == plan_of("7B-Chat").weight_bytes
 
 
-def test_a_model_over_several_gpus_is_refused() -> None:
+def test_more_gpus_than_the_replica_sees_are_refused_before_loading() -> None:
     spec = {"model": {"model": "baichuan2-tiny"}, "input": {"path": "x"}, "prompt": {"column": "x"}}
-    rest = {"output": {"path": "x"}, "cluster": {"gpus_per_replica": 2}}
-    with pytest.raises(SpecError, match=r"gpus_per_replica: 2.*not split over GPUs"):
+    rest = {"output": {"path": "x"}, "cluster": {"gpus_per_replica": 999}}
+    with pytest.raises(ModelError, match=r"gpus_per_replica: 999 CUDA devices are wanted"):
         refuse_too_large(parse_spec(spec | rest))
+
+
+def test_a_part_of_a_gpu_beside_whole_ones_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"gpus_per_replica.*more than one are whole, found 1\.5"):
+        plan_of("7B-Chat", cluster={"gpus_per_replica": 1.5})
+
+
+def test_over_several_gpus_each_has_its_part_of_weights_and_keys() -> None:
+    """By hand: half of 27.8 GB and 20 of 40 layers; what is left takes half of 800 KiB a token."""
+    alone, halves = plan_of("13B-Chat"), plan_of("13B-Chat", cluster={"gpus_per_replica": 2})
+    assert halves.weight_bytes == alone.weight_bytes
+    graphs = graph_bytes(alone.shape, "bfloat16", 256)
+    assert halves.workspace_bytes == alone.workspace_bytes - graphs, "there are none over several devices"
+    room = 24 * 10**9 - 600_000_000 - halves.workspace_bytes - 13_896_668_160
+    assert halves.num_kv_tokens(24 * 10**9) == int(room * 0.9) // (400 * 1024)
+    fit = halves.on(24 * 10**9)
+    assert (fit.fits, fit.num_devices, round(fit.num_contexts, 1)) == (True, 2, 4.2)
 
 
 @pytest.mark.parametrize(
