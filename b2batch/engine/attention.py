@@ -39,9 +39,10 @@ _NARROW = 256  # queries up to which the heads of a group ride along the query a
 class StepContext:
     """What the attention function must know of the step and cannot be passed through the model.
 
-    ``slots`` (T,) says where each token's key and value go; ``positions`` (T,) its position in its
-    sequence; ``caches`` is (keys, values) of each layer, each (arena tokens, K, D). What a call
-    needs in tensors is made by the first layer and kept for the others.
+    ``slots`` (T,) says where each token's key and value go; rows behind the last of them are padding.
+    ``positions`` (T,) is a token's position in its sequence; ``caches`` is (keys, values) of each
+    layer, each (arena tokens, K, D). What a call needs in tensors is made by the first layer and kept
+    for the others.
     """
 
     slots: Tensor
@@ -82,11 +83,13 @@ def arena_attention(
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
     step = _current.get()[query.device]
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
-    keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
-    values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
+    num_tokens = len(step.slots)
+    keys_SKD.index_copy_(0, step.slots, key[0, :, :num_tokens].transpose(0, 1).to(keys_SKD.dtype))
+    values_SKD.index_copy_(0, step.slots, value[0, :, :num_tokens].transpose(0, 1).to(values_SKD.dtype))
     layer = _Layer(step, keys_SKD, values_SKD, scaling, getattr(module, "alibi_slopes", None))
     query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
+    out_TQD[num_tokens:] = 0
     lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32)
     for own in step.calls.own:
         rows = slice(own.query, own.query + own.num_queries)

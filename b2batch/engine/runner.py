@@ -18,6 +18,9 @@ from b2batch.engine.kv import Span
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
 
+_ROWS = 16  # what the rows of a large step are a multiple of on a CPU
+_MAX_EXACT_ROWS = 64  # up to here a step has exactly the rows of its tokens
+
 
 class Runner:
     """Owns the arena of keys and values and runs the model over it."""
@@ -62,6 +65,9 @@ class Runner:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         positions = [chunk.start + i for chunk in chunks for i in range(chunk.num_tokens)]
         slots = [chunk.slot + i for chunk in chunks for i in range(chunk.num_tokens)]
+        padding = [0] * self._num_padding(len(tokens))
+        tokens += padding
+        positions += padding
         calls = plan_calls(chunks, self._joins_decodes)
         contexts = {
             device: StepContext(_ids(slots, device), _ids(positions, device), calls, self.caches)
@@ -76,6 +82,14 @@ class Runner:
             )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    def _num_padding(self, num_tokens: int) -> int:
+        """Rows to add to a step, so that few sizes of large steps occur; nothing attends to them.
+
+        oneDNN compiles a kernel for each number of rows that it meets, as long a work as the product of
+        a small layer: 5 % of a job on the embedded model.
+        """
+        return -num_tokens % _ROWS if self.device.type == "cpu" and num_tokens > _MAX_EXACT_ROWS else 0
 
     def scrub(self, span: Span) -> None:
         """Zero a span whose keys or values may not be finite: the next one there must not meet them."""
