@@ -61,7 +61,7 @@ def job_facts(job: SubmittedJob, exit_code: int | None) -> Iterator[tuple[str, s
     yield "job", f"{job.submission_id}: {job.state}{code}"
     if job.output:
         yield "output", job.output
-    if job.message and job.has_ended and job.exit_code is None:
+    if job.state == "failed" and job.exit_code is None:
         yield "reason", shorten(job.message, _MESSAGE_CHARS)
     times = [f"{name} {time}" for name, time in (("started", job.started), ("ended", job.ended)) if time]
     if times:

@@ -32,6 +32,7 @@ for _chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.jo
 
 _TIMEOUT_S = 10.0
 _ERRNO = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
+_RUN_COMMAND = "b2batch run "
 _URL_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ADDRESS_VARIABLE = "RAY_ADDRESS"
 
@@ -79,6 +80,8 @@ def _url_of(place: str) -> str:
         with _addresses_unset():
             return get_address_for_submission_client(place)  # type: ignore[no-any-return]
     except (RuntimeError, ValueError, ConnectionError, RpcError, AuthenticationError) as error:
+        if "AuthToken" in str(error):
+            raise CallerError(_unauthorised(place, error)) from error
         raise ClusterError(f"--address {place}: names no dashboard: {_first_line(error)}") from error
 
 
@@ -130,9 +133,9 @@ class Dashboard:
                 raise CallerError(f"the job's runtime_env: {_first_line(error)}") from error
 
     def jobs(self) -> list[SubmittedJob]:
-        """b2batch's jobs that the cluster remembers, the oldest first."""
+        """b2batch's jobs that the cluster remembers, KubeRay's too, the oldest first."""
         with self._asking():
-            found = [job for job in self._client.list_jobs() if OUTPUT_KEY in (job.metadata or {})]
+            found = [job for job in self._client.list_jobs() if _is_ours(job)]
         return [_submitted_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
 
     def job(self, submission_id: str) -> SubmittedJob:
@@ -205,6 +208,10 @@ def _check_version(url: str) -> None:
         logger.warning("Ray %s runs there, %s here", found, version("ray"))
 
 
+def _is_ours(details: Any) -> bool:
+    return OUTPUT_KEY in (details.metadata or {}) or _RUN_COMMAND in details.entrypoint
+
+
 def _submitted_job(details: Any) -> SubmittedJob:
     state = JobState(str(details.status).lower())
     if details.driver_exit_code == Drained.exit_code:
@@ -227,7 +234,7 @@ def _time(milliseconds: int | None) -> str:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
-def _unauthorised(url: str, error: AuthenticationError) -> str:
+def _unauthorised(url: str, error: Exception) -> str:
     what = "wants a token" if "required" in str(error).lower() else "does not take this token"
     return (
         f"{url} {what}: set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in the file "

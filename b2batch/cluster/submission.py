@@ -17,7 +17,7 @@ from b2batch.cluster.package import absolute_path, absolute_paths
 from b2batch.errors import CallerError, ClusterError, Drained, RunLocked
 from b2batch.spec import JobSpec, config_digest
 
-OUTPUT_KEY = "b2batch_output"  # of a job's metadata; jobs without it are not b2batch's
+OUTPUT_KEY = "b2batch_output"  # of a job's metadata
 _LOST_AFTER_S = 120.0
 _POLL_S = 1.0
 _CLOSING_S = 60  # beyond the grace: what ending the replicas and writing the status take

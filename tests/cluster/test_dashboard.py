@@ -127,6 +127,13 @@ def test_jobs_are_b2batchs_with_their_real_ends(head: str, monkeypatch: pytest.M
         details(submission_id="a", status="SUCCEEDED", driver_exit_code=0, start_time=1_000),
         details(submission_id="strange", status="RUNNING", metadata={}),
         details(submission_id="c", status="PENDING", start_time=4_000),
+        details(
+            submission_id="k",
+            status="RUNNING",
+            start_time=5_000,
+            metadata=None,
+            entrypoint="cd /x && b2batch run y",
+        ),
     ]
     monkeypatch.setitem(Head.replies, "/api/jobs/", (200, jobs))
 
@@ -136,6 +143,7 @@ def test_jobs_are_b2batchs_with_their_real_ends(head: str, monkeypatch: pytest.M
         ("a", JobState.SUCCEEDED, 0),
         ("b", JobState.STOPPED, 75),
         ("c", JobState.PENDING, None),
+        ("k", JobState.RUNNING, None),
     ]
     assert (found[1].started, found[1].ended) == ("1970-01-01T00:00:02+00:00", "1970-01-01T00:00:03+00:00")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from b2batch.cluster.submission import stop_environment
 from b2batch.scheduling.manifest import Kind
 
 from .jobs import JOB, rendered, with_arguments
@@ -129,6 +130,8 @@ def test_ray_job_and_its_schedule_are_one_job() -> None:
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     assert job["spec"]["preRunningDeadlineSeconds"] > 0
+    stop = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert stop == stop_environment(JOB.drain_grace_s), "as `submit` tells Ray"
 
 
 @pytest.mark.parametrize(("ended", "told"), [(0, 0), (1, 1), (99, 0)])
