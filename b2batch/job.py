@@ -28,7 +28,9 @@ from b2batch.inputs.prompts import PromptRenderer
 from b2batch.inputs.schema import check_columns
 from b2batch.labelling.judgement import judge
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
+from b2batch.models.facts import gpu_dtype
 from b2batch.models.families import PromptCodec, family_of
+from b2batch.models.footprint import Architecture, weight_bytes
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.lease import Epoch
 from b2batch.outputs.lock import when_free
@@ -306,7 +308,12 @@ class _Run:
                 placement.num_cpus,
                 placement.num_gpus,
             )
-            fleet = RayFleet(placement, partial(make_worker, self._worker_args()))
+            fleet = RayFleet(
+                placement,
+                partial(make_worker, self._worker_args()),
+                load_bytes=self._load_bytes(on_gpu=placement.num_gpus > 0),
+                target=cluster.watch(spec.cluster, placement, len(pending)),
+            )
             policy = DispatchPolicy(
                 placement.num_replicas,
                 spec.cluster.start_timeout_s,
@@ -315,10 +322,18 @@ class _Run:
                     LEAST_CONDEMNED,
                     allowed_errors(self._job.plan.num_rows, spec.errors.max_error_rate),
                 ),
+                min_replicas=spec.cluster.min_replicas,
             )
             totals = run_units(pending, fleet, policy, hooks, drain_grace_s=spec.cluster.drain_grace_s)
         self._num_lost = totals.num_replicas_lost
         self._num_attempts, self._num_rows_again = totals.num_attempts, totals.num_rows_again
+
+    def _load_bytes(self, *, on_gpu: bool) -> int:
+        """Host memory that a replica takes while it loads: the weights as read, and as they are to be."""
+        checkpoint, model = self._job.checkpoint, self._job.spec.model
+        is_wide = model.dtype == "auto" and not on_gpu
+        dtype = "float32" if is_wide else gpu_dtype(checkpoint, model)
+        return 2 * weight_bytes(Architecture.of(checkpoint.config), dtype, None)
 
     def _worker_args(self) -> Any:
         from b2batch.worker import WorkerArgs

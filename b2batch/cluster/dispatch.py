@@ -4,8 +4,10 @@
                  ^                  │ replica lost: ask the store; there: committed, else
                  └──────────────────┴ the attempt failed ──> retried, on another replica
                                     └ its rows may have done it ──> searched for the row   (quarantine)
-    replica   starting ──> ready ──> lost, or killed because it hangs               (roster)
-                  └────────────────────┴──> a new id replaces it, within budgets    (restarts)
+    replica   starting ──> loading ──> ready ──> lost, or killed because it hangs   (roster)
+                  └───────────┴──────────┴──> a new id replaces it, within budgets  (restarts)
+
+The number of replicas follows the cluster: ``on_target`` says how many it is to have now.
 
 Committing is exclusive in the store, so a decision made on old news costs work, never a row: a report
 from a replaced replica that says *committed* counts, one that says *failed* is ignored. Budgets are
@@ -15,6 +17,7 @@ kept apart: replicas that cannot start, replicas that die, units that fail, rows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from b2batch.cluster import verdict
 from b2batch.cluster.actions import (
@@ -63,7 +66,8 @@ class Dispatcher:
 
         ``describe_unit`` names one in an error; ``num_rows`` tells how many rows it has.
         """
-        self._policy = policy
+        self._policy = policy  # its num_replicas is the largest target so far
+        self._target = policy.num_replicas
         self._max_leases = policy.leases_per_replica
         self._describe = describe_unit
         self._roster = Roster()
@@ -74,6 +78,8 @@ class Dispatcher:
         self._now_s = 0.0
         self._paused_until_s = 0.0  # the output takes nothing: no new work until then
         self._mean_lease_s: float | None = None
+        self._start_error = ""  # of the last replica that could not start
+        self._has_begun = False  # as many replicas were ready as the run is to begin with
         self._has_worked = False  # some row was answered: what kills replicas is not everything
         self._is_draining = False
         self._is_over = False
@@ -98,7 +104,7 @@ class Dispatcher:
     def start(self, now_s: float) -> list[Action]:
         """The first actions; call it once, before any event."""
         self._now_s = now_s
-        self._restarts.note_none_ready(now_s)
+        self._restarts.note_short(now_s)
         if self.units.is_done:
             return self._end(Finish())
         return self._top_up()
@@ -108,14 +114,42 @@ class Dispatcher:
         if self._is_over or not self._roster.note_ready(replica_id, node_id, now_s):
             return []
         self._restarts.note_ready()
-        return self._fill(replica_id)
+        leases = self._begin_if_enough()
+        return [*self._fill(replica_id), *leases]
+
+    def on_replica_loading(self, replica_id: int, now_s: float) -> None:
+        """The replica has a process and begins to load its model; told as often as it answers so."""
+        self._roster.note_loading(replica_id, now_s)
+
+    def on_target(self, num_replicas: int) -> list[Action]:
+        """So many replicas are wanted now, at least 1: nodes have joined or left.
+
+        Who has a process is kept; what still waits for a node is taken back where it is too many.
+        """
+        if self._is_over:
+            return []
+        self._target = num_replicas
+        if num_replicas > self._policy.num_replicas:
+            self._policy = self._restarts.policy = replace(self._policy, num_replicas=num_replicas)
+            self._max_leases = self._policy.leases_per_replica
+        surplus = max(0, len(self._roster) - num_replicas)
+        for replica_id in (dropped := self._roster.unplaced()[:surplus]):
+            self._roster.remove(replica_id)
+        kills = [KillReplica(replica_id, "no node has room for it any more") for replica_id in dropped]
+        return [*kills, *self._top_up()]
 
     def on_replica_failed_to_start(self, replica_id: int, error: ErrorText, now_s: float) -> list[Action]:
         """The replica lives, but its worker could not be built: seldom a matter of luck."""
+        return self._end_start(replica_id, error, "its worker could not be built", now_s)
+
+    def _end_start(self, replica_id: int, error: ErrorText, reason: str, now_s: float) -> list[Action]:
         if self._roster.remove(replica_id) is None or self._is_over:
             return []
         self._restarts.note_start_failure(now_s)
-        actions: list[Action] = [KillReplica(replica_id, "its worker could not be built")]
+        self._start_error = f"{error[0]}: {error[1]}"
+        if self._restarts.gave_up:
+            reason += "; as so many before it could not start either, no other is tried"
+        actions: list[Action] = [KillReplica(replica_id, reason)]
         if self._restarts.cannot_start(error, self.num_ready, len(self._roster)):
             return actions + self._end(Fail(verdict.start_error(error)))
         return actions
@@ -135,7 +169,7 @@ class Dispatcher:
         for unit_index in open_units:
             self._take_back(replica_id, unit_index, loss, detail, is_begun=unit_index in begun)
         if not self.num_ready:
-            self._restarts.note_none_ready(now_s)
+            self._restarts.note_short(now_s)
         return [*map(CheckCommitted, open_units), *self._feed(), *self._top_up()]
 
     def on_report(self, replica_id: int, report: UnitReport) -> list[Action]:
@@ -196,7 +230,9 @@ class Dispatcher:
         self._now_s = now_s
         actions = self._kill_hung()
         if not self._is_over and not self._is_draining and self._restarts.has_timed_out(now_s):
-            actions += self._end(Fail(verdict.start_timeout_error(self._policy.start_timeout_s)))
+            actions += self._end(Fail(self._start_timeout_error()))
+        if not self._is_over:
+            actions += self._end_slow_starts()
         if not self._is_over:
             actions += [*self._top_up(), *self._feed(), *self._help_out()]
         return actions
@@ -204,7 +240,9 @@ class Dispatcher:
     # --- leases ----------------------------------------------------------------------------------
 
     def _has_room(self, replica: Member) -> bool:
-        if self._is_draining or not replica.is_ready or self._now_s < self._paused_until_s:
+        if self._is_draining or not self._has_begun or not replica.is_ready:
+            return False
+        if self._now_s < self._paused_until_s:
             return False
         if len(replica.leases) >= self._max_leases:
             return False
@@ -378,11 +416,42 @@ class Dispatcher:
             return verdict.deaths_error(self._restarts.num_deaths, detail)
         return None
 
+    @property
+    def _num_wanted(self) -> int:
+        return min(self._target, self.units.num_units - self.units.num_committed)
+
+    @property
+    def _num_needed(self) -> int:
+        """Ready replicas without which it cannot go on: at first those it is to begin with, then one."""
+        return 1 if self._has_begun else min(self._policy.min_replicas, self._num_wanted)
+
+    def _begin_if_enough(self) -> list[Action]:
+        """Leases for those that waited, where this replica was the last that was waited for."""
+        if self.num_ready < self._num_needed:
+            return []
+        self._restarts.note_enough()
+        has_begun, self._has_begun = self._has_begun, True
+        return [] if has_begun else self._feed()
+
+    def _start_timeout_error(self) -> B2BatchError:
+        return verdict.start_timeout_error(
+            self._policy.start_timeout_s, self.num_ready, self._num_needed, self._start_error
+        )
+
+    def _end_slow_starts(self) -> list[Action]:
+        """Replicas that load for longer than a start may take are ended, and replaced within the budget."""
+        timeout_s = self._policy.start_timeout_s
+        reason = f"its model was not loaded within {timeout_s:.0f} s (cluster.start_timeout_s)"
+        return [
+            action
+            for replica_id in self._roster.loading_since(self._now_s - timeout_s)
+            for action in self._end_start(replica_id, ("StartTimeout", reason, ""), reason, self._now_s)
+        ]
+
     def _top_up(self) -> list[Action]:
         if self._is_draining or not self._restarts.may_start(self._now_s, len(self._roster)):
             return []
-        wanted = min(self._policy.num_replicas, self.units.num_units - self.units.num_committed)
-        missing = max(0, wanted - len(self._roster))
+        missing = max(0, self._num_wanted - len(self._roster))
         avoided = self._restarts.avoided_nodes
         return [StartReplica(self._roster.add(), avoided) for _ in range(missing)]
 

@@ -20,7 +20,7 @@ from b2batch.cluster.actions import (
     StartReplica,
 )
 from b2batch.cluster.dispatch import Dispatcher
-from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, Lost, NotStarted
+from b2batch.cluster.fleet import Answer, Fleet, FleetEvent, Lost, NotStarted, Target
 from b2batch.cluster.policy import DispatchPolicy, Loss
 from b2batch.cluster.replica import CancelUnit, ReplicaState, ReplicaUpdate, UnitLease
 from b2batch.cluster.verdict import ErrorText
@@ -177,6 +177,9 @@ class _Driver:
                 self._lose(replica_id, loss, detail)
             case NotStarted(replica_id, error):
                 self._give_up_start(replica_id, error)
+            case Target(num_replicas):
+                logger.info("nodes joined or left: %d replicas from now on", num_replicas)
+                self._apply(self._dispatcher.on_target(num_replicas))
 
     def _handle_answer(self, replica_id: int, update: ReplicaUpdate) -> None:
         now_s = self._clock()
@@ -184,6 +187,8 @@ class _Driver:
             self._live += update.progress - self._progress[replica_id]
             self._progress[replica_id] = update.progress
         self._dispatcher.on_heartbeat(replica_id, update.num_steps, now_s)
+        if update.state is ReplicaState.LOADING:
+            self._dispatcher.on_replica_loading(replica_id, now_s)
         if update.was_ready:
             self._handle_ready(replica_id, update.node_id, now_s)
         for item in update.news:

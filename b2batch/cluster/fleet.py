@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from b2batch.cluster.load_turn import LoadTurn
 from b2batch.cluster.placement import Placement
 from b2batch.cluster.policy import Loss, poll_timeout_s
 from b2batch.cluster.replica import MakeWorker, Order, Replica, ReplicaUpdate
@@ -22,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _NODE_DIED = "node has died"  # stands in Ray's message; the error's type does not tell
 _LOW_MEMORY = "low on memory"  # likewise, of Ray's memory monitor
+_WATCH_S = 3.0
 _NODE_LABEL = "ray.io/node-id"
 _ANSI_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
@@ -51,7 +56,14 @@ class NotStarted:
     error: ErrorText
 
 
-FleetEvent = Answer | Lost | NotStarted
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Nodes have joined or left: so many replicas there are to be now."""
+
+    num_replicas: int
+
+
+FleetEvent = Answer | Lost | NotStarted | Target
 
 
 class Fleet(Protocol):
@@ -85,33 +97,52 @@ class _Member:
 
 
 class _ReplicaActor(Replica):
-    """A replica that knows its node."""
+    """A replica that knows its node, and waits there for its turn to load."""
 
-    def __init__(self, make_worker: MakeWorker) -> None:
-        super().__init__(make_worker, ray.get_runtime_context().get_node_id())
+    def __init__(self, make_worker: MakeWorker, load_bytes: int) -> None:
+        super().__init__(make_worker, ray.get_runtime_context().get_node_id(), LoadTurn(load_bytes))
 
 
 class RayFleet:
     """Replicas of one shape on the connected Ray cluster.
 
-    A replica has one poll outstanding at any time; its answer comes by itself.
+    A replica has one poll outstanding at any time; its answer comes by itself. They are spread over the
+    nodes, so that the death of one costs few.
     """
 
-    def __init__(self, placement: Placement, make_worker: MakeWorker) -> None:
-        """``make_worker`` is pickled once; it must be importable, or picklable by value, on the nodes."""
+    def __init__(
+        self,
+        placement: Placement,
+        make_worker: MakeWorker,
+        *,
+        load_bytes: int = 0,
+        target: Callable[[], int] | None = None,
+    ) -> None:
+        """``make_worker`` is pickled once; it must be importable, or picklable by value, on the nodes.
+
+        Args:
+            load_bytes: host memory that one replica takes while it loads; see ``LoadTurn``.
+            target: how many replicas there are to be now; asked for now and then, off the driver's thread.
+        """
         self._actor_class = ray.remote(_ReplicaActor).options(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
+            resources=dict(placement.resources),
+            scheduling_strategy="SPREAD",
             max_restarts=0,  # a death is told at once, and the dispatcher replaces it
             max_task_retries=0,
             max_concurrency=4,  # poll, wake and stop do not wait for one another
             runtime_env={"env_vars": dict(placement.env_vars)},
         )
-        self._poll_timeout_s = poll_timeout_s(placement.num_replicas)
-        self._make_worker_ref = ray.put(make_worker)
+        self._num_planned = placement.num_replicas
+        self._arguments = (ray.put(make_worker), load_bytes)
         self._members: dict[int, _Member] = {}
         self._to_poll: list[_Member] = []
-        self._answers: SimpleQueue[tuple[_Member, Future[ReplicaUpdate]]] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[_Member, Future[ReplicaUpdate]] | Target] = SimpleQueue()
+        self._is_closed = threading.Event()
+        if target is not None:
+            watch = partial(_watch_target, target, placement.num_replicas, self._answers.put, self._is_closed)
+            threading.Thread(target=watch, name="b2batch-nodes", daemon=True).start()
 
     def start(self, replica_id: int, avoided: frozenset[str]) -> None:
         """Create the actor; Ray places it when there is room."""
@@ -143,11 +174,12 @@ class RayFleet:
             answers.append(self._answers.get(timeout=timeout_s))
             while True:
                 answers.append(self._answers.get_nowait())
-        events = (self._receive(member, answer) for member, answer in answers)
+        events = (item if isinstance(item, Target) else self._receive(*item) for item in answers)
         return [event for event in events if event is not None]
 
     def close(self, grace_s: float) -> None:
         """Ask all to stop, wait, and kill whoever is left. Safe to call twice."""
+        self._is_closed.set()
         if grace_s > 0 and self._members:
             stops = [member.actor.stop.remote(grace_s) for member in self._members.values()]
             ray.wait(stops, num_returns=len(stops), timeout=grace_s)
@@ -158,10 +190,10 @@ class RayFleet:
         """A handle with the methods of ``Replica``."""
         others = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - avoided if avoided else ()
         if not others:
-            return self._actor_class.remote(self._make_worker_ref)
+            return self._actor_class.remote(*self._arguments)
         logger.warning("replica=%d: not on nodes %s, where replicas died", replica_id, sorted(avoided))
         elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"}
-        return self._actor_class.options(label_selector=elsewhere).remote(self._make_worker_ref)
+        return self._actor_class.options(label_selector=elsewhere).remote(*self._arguments)
 
     def kill_actor(self, actor: Any) -> None:
         """End what ``make_actor`` made."""
@@ -172,7 +204,8 @@ class RayFleet:
             return  # lost with its last answer
         member.sent = (*member.sent, *member.outbox)  # an unanswered poll's orders go again
         member.outbox.clear()
-        ref = member.actor.poll.remote(member.num_known, member.sent, self._poll_timeout_s)
+        timeout_s = poll_timeout_s(max(self._num_planned, len(self._members)))
+        ref = member.actor.poll.remote(member.num_known, member.sent, timeout_s)
         # Being called costs less than asking a thousand references whether one of them is there.
         member.poll = ref.future()
         member.poll.add_done_callback(lambda answer: self._answers.put((member, answer)))
@@ -196,6 +229,21 @@ class RayFleet:
         member.sent = ()
         member.num_known = update.num_news
         return Answer(replica_id, update)
+
+
+def _watch_target(
+    target: Callable[[], int], num_now: int, tell: Callable[[Target], None], is_closed: threading.Event
+) -> None:
+    """Tell each change until closed; while Ray does not answer there is none."""
+    while not is_closed.wait(_WATCH_S):
+        try:
+            num_wanted = target()
+        except Exception as error:
+            logger.debug("the nodes cannot be listed just now: %s", error)
+            continue
+        if num_wanted != num_now:
+            num_now = num_wanted
+            tell(Target(num_now))
 
 
 def _loss_of(error: RayError) -> Loss:

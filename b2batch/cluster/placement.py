@@ -12,15 +12,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from b2batch.errors import ClusterError
 from b2batch.spec import ClusterSpec
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Units and receipts are small and stay out of the object store; it holds the worker's arguments.
 _OBJECT_STORE_BYTES = 100 << 20
 _PROBE_TIMEOUT_S = 5.0
+_ACCELERATOR, _ACCELERATOR_SHARE = "accelerator_type:", 0.001  # how Ray marks a node's accelerator
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -40,19 +42,31 @@ _THREAD_VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one node of the cluster has in all, used or not."""
+    """What one node of the cluster has in all, used or not; ``resources`` beside CPUs and GPUs."""
 
     num_cpus: float
     num_gpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many replicas to ask for, and what each one takes."""
+    """How many replicas to ask for, and what each one takes; ``resources`` beside CPUs and GPUs."""
 
     num_replicas: int
     num_cpus: float
     num_gpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one replica takes, by Ray's names."""
+        amounts = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in amounts.items() if amount}
+
+    def room(self, nodes: Sequence[Node]) -> int:
+        """How many such replicas these nodes carry."""
+        return sum(_fits(node, self) for node in nodes)
 
     @property
     def env_vars(self) -> MappingProxyType[str, str]:
@@ -71,14 +85,15 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in resources]
+        return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0), node) for node in resources]
 
     def place(
         self, spec: ClusterSpec, device: str, num_units: int, while_waiting: Callable[[], None]
     ) -> Placement:
         """The replicas this cluster carries; waits for nodes up to ``spec.start_timeout_s``.
 
-        ``while_waiting`` is called every second of it; what it raises ends the wait.
+        ``while_waiting`` is called every second of it; what it raises ends the wait. Meanwhile an
+        autoscaler sees that one replica's resources are asked for.
 
         Raises:
             ClusterError: no node is large enough for one replica.
@@ -88,8 +103,20 @@ class Cluster:
             time.sleep(seconds)
             while_waiting()
 
+        found = plan_replicas(self.nodes(), spec, device, num_units)
         timeout_s = 0.0 if self.is_own else spec.start_timeout_s  # nobody adds nodes to our own
-        return wait_for_placement(self.nodes, spec, device, num_units, timeout_s, time.monotonic, sleep)
+        must_wait = not found.num_replicas and timeout_s > 0
+        with _asked_for(found) if must_wait else nullcontext():
+            return wait_for_placement(self.nodes, spec, device, num_units, timeout_s, time.monotonic, sleep)
+
+    def watch(self, spec: ClusterSpec, placement: Placement, num_units: int) -> Callable[[], int] | None:
+        """How many replicas there are to be now, where that follows the nodes; 1 to ``num_units``.
+
+        None where it is fixed: those of them that find no room wait in Ray for nodes that join.
+        """
+        if self.is_own or spec.replicas != "auto":
+            return None
+        return lambda: max(1, min(num_units, placement.room(self.nodes())))
 
 
 @contextmanager
@@ -121,10 +148,13 @@ def plan_replicas(nodes: Sequence[Node], spec: ClusterSpec, device: str, num_uni
     ``device`` is ``auto``, ``cpu`` or ``cuda``.
     """
     num_gpus = _gpus_per_replica(nodes, spec, device)
-    room = sum(_fits(node, spec.cpus_per_replica, num_gpus) for node in nodes)
-    wanted = room if spec.replicas == "auto" else spec.replicas
-    num_replicas = min(wanted, max(1, num_units)) if room else 0
-    return Placement(num_replicas, spec.cpus_per_replica, num_gpus)
+    resources = dict(spec.resources)
+    if spec.accelerator_type is not None:
+        resources[_ACCELERATOR + spec.accelerator_type] = _ACCELERATOR_SHARE
+    shape = Placement(0, spec.cpus_per_replica, num_gpus, resources)
+    room = shape.room(nodes)
+    wanted = min(spec.max_replicas or room, max(1, num_units))
+    return replace(shape, num_replicas=wanted if room else 0)
 
 
 def wait_for_placement(
@@ -148,7 +178,7 @@ def wait_for_placement(
         if clock() >= deadline_s:
             raise ClusterError(shortage)
         if not is_told:
-            logger.info("%s; waiting up to %.0f s for a node", shortage, timeout_s)
+            logger.warning("%s; waiting up to %.0f s for a node that joins", shortage, timeout_s)
             is_told = True
         sleep(1.0)
 
@@ -161,26 +191,51 @@ def _gpus_per_replica(nodes: Sequence[Node], spec: ClusterSpec, device: str) -> 
     return 1.0 if device == "cuda" else 0.0
 
 
-def _fits(node: Node, num_cpus: float, num_gpus: float) -> int:
+@contextmanager
+def _asked_for(replica: Placement) -> Iterator[None]:
+    """Let an autoscaler know that a node is wanted; without one it changes nothing."""
+    wish = placement_group([replica.bundle], name="b2batch waits for a node")
+    try:
+        yield
+    finally:
+        remove_placement_group(wish)
+
+
+def _fits(node: Node, replica: Placement) -> int:
     """How many replicas the node carries; Ray counts in 1/10000, so a rounding error is forgiven."""
-    by_cpu = int(node.num_cpus / num_cpus + 1e-4)
-    if not num_gpus:
-        return by_cpu
-    if num_gpus >= 1:
-        return min(by_cpu, int(node.num_gpus / num_gpus + 1e-4))
-    return min(by_cpu, int(node.num_gpus) * int(1 / num_gpus + 1e-4))  # a share is of one device
+    rooms = [int(node.num_cpus / replica.num_cpus + 1e-4)]
+    rooms += [int(node.resources.get(name, 0.0) / need + 1e-4) for name, need in replica.resources.items()]
+    if replica.num_gpus >= 1:
+        rooms.append(int(node.num_gpus / replica.num_gpus + 1e-4))
+    elif replica.num_gpus:  # a share is of one device
+        rooms.append(int(node.num_gpus) * int(1 / replica.num_gpus + 1e-4))
+    return min(rooms)
 
 
-def _describe_shortage(nodes: Sequence[Node], placement: Placement) -> str:
-    need = f"a replica needs {_amount(placement.num_cpus, placement.num_gpus)}"
+def _describe_shortage(nodes: Sequence[Node], replica: Placement) -> str:
+    need = f"a replica needs {_amount(replica, replica)}"
     if not nodes:
         return f"{need}, and the cluster has no node"
-    largest = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
-    return f"{need}, and the largest node has {_amount(largest.num_cpus, largest.num_gpus)}"
+    largest = max(nodes, key=lambda node: (_share(node, replica), node.num_gpus, node.num_cpus))
+    which = "the largest node has" if not replica.resources else "the node that comes closest has"
+    return f"{need}, and {which} {_amount(largest, replica)}"
 
 
-def _amount(num_cpus: float, num_gpus: float) -> str:
-    return f"{num_gpus:g} GPUs and {num_cpus:g} CPUs"
+def _share(node: Node, replica: Placement) -> int:
+    """How many of the other resources that a replica needs the node has enough of."""
+    return sum(node.resources.get(name, 0.0) >= need for name, need in replica.resources.items())
+
+
+def _amount(holder: Node | Placement, replica: Placement) -> str:
+    """What a node has, or a replica needs, of all that a replica needs."""
+    told = [f"{holder.num_gpus:g} GPUs", f"{holder.num_cpus:g} CPUs"]
+    for name in replica.resources:
+        amount = holder.resources.get(name, 0.0)
+        kind = name.removeprefix(_ACCELERATOR)
+        told.append(
+            f"{amount:g} {name}" if kind == name else f"{'an' if amount else 'no'} accelerator {kind}"
+        )
+    return f"{', '.join(told[:-1])} and {told[-1]}"
 
 
 def _connect(address: str) -> Cluster:

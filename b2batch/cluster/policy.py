@@ -35,12 +35,13 @@ class DispatchPolicy:
     """Budgets and limits. Times are seconds of the clock that the events carry."""
 
     num_replicas: int
-    start_timeout_s: float
+    start_timeout_s: float  # until the first work, and of one replica to load
     step_timeout_s: float = 900.0  # the longest that one step of an engine may take
     max_attempts: int = 3  # of a unit that fails by an error
     max_condemned: int = LEAST_CONDEMNED  # rows that take replicas down, over the whole run
     straggler_factor: float = 1.5  # of the mean lease: older ones are tried elsewhere at the end
     max_leases: int = 0  # of a replica; 0: by the number of replicas
+    min_replicas: int = 1  # no unit is leased before so many are ready; then it goes on with any
 
     @property
     def leases_per_replica(self) -> int:

@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -92,9 +93,13 @@ News = UnitReport | PieceBegun
 
 
 class ReplicaState(Enum):
-    """FAILED is final: ``ReplicaUpdate.error`` says why, and whether it was ever ready."""
+    """STARTING: it has a process, and waits until it may load its model.
+
+    FAILED is final: ``ReplicaUpdate.error`` says why, ``was_ready`` whether it ever could work.
+    """
 
     STARTING = "starting"
+    LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
 
@@ -114,11 +119,15 @@ class ReplicaUpdate:
 
 
 class Replica:
-    """Builds the worker on its own thread at once; ``poll`` tells when it is ready."""
+    """Builds the worker on its own thread as soon as it has its turn; ``poll`` tells when it is ready."""
 
-    def __init__(self, make_worker: MakeWorker, node_id: str = "") -> None:
+    def __init__(
+        self, make_worker: MakeWorker, node_id: str = "", turn: AbstractContextManager[object] | None = None
+    ) -> None:
+        """``turn`` is entered while the worker is built: it may wait for others of this node."""
         self._make_worker = make_worker
         self._node_id = node_id
+        self._turn = turn or nullcontext()
         self._changed = threading.Condition()
         self._state = ReplicaState.STARTING
         self._was_ready = False
@@ -131,7 +140,7 @@ class Replica:
         self._num_steps = 0
         self._progress = Progress()
         self._is_stopping = False
-        self._is_woken = False
+        self._is_woken = True  # the first poll is answered at once: there is a process
         self._thread = threading.Thread(target=self._run, name="b2batch-worker", daemon=True)
         self._thread.start()
 
@@ -215,7 +224,9 @@ class Replica:
 
     def _run(self) -> None:
         try:
-            worker = self._make_worker()
+            with self._turn:
+                self._enter(ReplicaState.LOADING)
+                worker = self._make_worker()
             self._enter(ReplicaState.READY)
             while not self._is_stopping:
                 self._feed(worker)

@@ -21,12 +21,12 @@ class Restarts:
     """Counts starts that failed and replicas that died, in a row."""
 
     def __init__(self, policy: DispatchPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._num_deaths = 0
         self._num_start_failures = 0
         self._deaths_by_node: Counter[str] = Counter()
         self._earliest_s = 0.0
-        self._none_ready_since_s: float | None = None
+        self._short_since_s: float | None = None
         self.was_ever_ready = False
 
     @property
@@ -41,18 +41,21 @@ class Restarts:
 
     @property
     def are_deaths_too_many(self) -> bool:
-        return self._num_deaths > self._policy.max_deaths
+        return self._num_deaths > self.policy.max_deaths
 
     def note_ready(self) -> None:
         """A replica can work."""
         self.was_ever_ready = True
         self._num_start_failures = 0
-        self._none_ready_since_s = None
 
-    def note_none_ready(self, now_s: float) -> None:
-        """From now on no replica can work."""
-        if self._none_ready_since_s is None:
-            self._none_ready_since_s = now_s
+    def note_enough(self) -> None:
+        """As many replicas can work as the run needs."""
+        self._short_since_s = None
+
+    def note_short(self, now_s: float) -> None:
+        """From now on fewer can."""
+        if self._short_since_s is None:
+            self._short_since_s = now_s
 
     def note_progress(self, node_id: str) -> None:
         """A replica on this node (empty: not known) has committed a unit, or a bad row was found."""
@@ -64,7 +67,7 @@ class Restarts:
         self._num_deaths += 1
         if node_id:
             self._deaths_by_node[node_id] += 1
-        num_rounds = (self._num_deaths - 1) // self._policy.num_replicas
+        num_rounds = (self._num_deaths - 1) // self.policy.num_replicas
         if num_rounds:
             self._earliest_s = now_s + min(_MAX_DELAY_S, 2.0 ** (num_rounds - 1))
 
@@ -83,14 +86,14 @@ class Restarts:
         """Whether to replace what is missing beside the ``num_replicas`` that are there."""
         if now_s < self._earliest_s:
             return False
-        return num_replicas == 0 or (self.was_ever_ready and not self._gave_up)
+        return num_replicas == 0 or (self.was_ever_ready and not self.gave_up)
 
     def cannot_start(self, error: ErrorText, num_ready: int, num_replicas: int) -> bool:
         """No replica works, and enough of them said why that more would say the same."""
         if num_ready:
             return False
         if self.was_ever_ready:
-            return self._gave_up and not num_replicas
+            return self.gave_up and not num_replicas
         is_certain = final_error_class(error[0]) is not None or not num_replicas
         return is_certain or self._num_start_failures >= _MANY_FAILURES
 
@@ -101,10 +104,11 @@ class Restarts:
         return self._num_start_failures >= _DEATHS_IN_START
 
     def has_timed_out(self, now_s: float) -> bool:
-        """Whether no replica could work for longer than the start may take."""
-        since_s = self._none_ready_since_s
-        return since_s is not None and now_s - since_s >= self._policy.start_timeout_s
+        """Whether too few replicas could work for longer than the start may take."""
+        since_s = self._short_since_s
+        return since_s is not None and now_s - since_s >= self.policy.start_timeout_s
 
     @property
-    def _gave_up(self) -> bool:
-        return self._num_start_failures > 3 + self._policy.num_replicas
+    def gave_up(self) -> bool:
+        """So many starts failed one after the other that what is missing is not replaced any more."""
+        return self._num_start_failures > 3 + self.policy.num_replicas

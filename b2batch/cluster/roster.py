@@ -21,6 +21,8 @@ class Held:
 class Member:
     """One replica, from being asked for until it is gone."""
 
+    is_placed: bool = False  # it has a process: it answered
+    loads_since_s: float | None = None
     is_ready: bool = False
     node_id: str = ""  # known once it is ready
     leases: dict[int, Held] = field(default_factory=dict)  # by unit, the oldest first
@@ -60,12 +62,18 @@ class Roster:
         self._members[replica_id] = Member()
         return replica_id
 
+    def note_loading(self, replica_id: int, now_s: float) -> None:
+        """It has begun to load its model; told with every answer until it is ready."""
+        member = self._members.get(replica_id)
+        if member is not None and not member.is_ready and member.loads_since_s is None:
+            member.loads_since_s = now_s
+
     def note_ready(self, replica_id: int, node_id: str, now_s: float) -> bool:
         """Whether it is news that this replica can work."""
         member = self._members.get(replica_id)
         if member is None or member.is_ready:
             return False
-        member.is_ready = True
+        member.is_placed = member.is_ready = True
         member.node_id = node_id
         member.answered_s = member.moved_s = now_s
         self.num_ready += 1
@@ -84,10 +92,23 @@ class Roster:
         member = self._members.get(replica_id)
         if member is None:
             return
+        member.is_placed = True
         member.answered_s = now_s
         if num_steps != member.num_steps:
             member.num_steps = num_steps
             member.moved_s = now_s
+
+    def unplaced(self) -> list[int]:
+        """Replicas without a process, the newest first: no node has room for them yet."""
+        return [replica_id for replica_id, member in reversed(self._members.items()) if not member.is_placed]
+
+    def loading_since(self, before_s: float) -> list[int]:
+        """Replicas that began to load then or earlier, and are not ready."""
+        return [
+            replica_id
+            for replica_id, member in self._members.items()
+            if not member.is_ready and member.loads_since_s is not None and member.loads_since_s <= before_s
+        ]
 
     def give(self, replica_id: int, unit_index: int, attempt: int, now_s: float) -> None:
         """Book a lease."""
@@ -130,6 +151,8 @@ class Roster:
             for member in self._members.values():
                 member.answered_s += pause_s
                 member.moved_s += pause_s
+                if member.loads_since_s is not None:
+                    member.loads_since_s += pause_s
 
     def hung(self, now_s: float, policy: DispatchPolicy) -> list[tuple[int, str]]:
         """The replicas that hold leases and do nothing, and how that shows."""

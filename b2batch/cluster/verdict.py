@@ -29,9 +29,11 @@ def deaths_error(num_deaths: int, detail: str) -> ClusterError:
     return ClusterError(f"{num_deaths} replicas died in a row and no unit was committed; the last: {detail}")
 
 
-def start_timeout_error(timeout_s: float) -> ClusterError:
-    """No replica came up."""
-    return ClusterError(f"no replica was ready within {timeout_s:.0f} s (cluster.start_timeout_s)")
+def start_timeout_error(timeout_s: float, num_ready: int, num_needed: int, detail: str) -> ClusterError:
+    """Too few replicas came up; ``detail`` is why the last one did not, where that is known."""
+    found = "no replica was" if not num_ready else f"{num_ready} of the {num_needed} replicas needed were"
+    because = f"; one could not start: {detail}" if detail else ""
+    return ClusterError(f"{found} ready within {timeout_s:.0f} s (cluster.start_timeout_s){because}")
 
 
 def kills_error(unit: str, num_kills: int, detail: str) -> ClusterError:

@@ -429,3 +429,116 @@ def test_a_replica_without_finite_logits_is_replaced_once_then_the_rows_are_trus
     dispatcher.on_unit_checked(0, None)
     [again] = dispatcher.on_replica_ready(start.replica_id, 2.0)
     assert (again.trusts_nan, again.caution) == (True, None)
+
+
+# --- a number of replicas that follows the cluster -----------------------------------------------
+
+
+def test_nothing_is_leased_before_as_many_are_ready_as_it_begins_with():
+    dispatcher = make(num_units=10, num_replicas=4, min_replicas=3, max_leases=1)
+    assert len(dispatcher.start(0.0)) == 4
+    assert dispatcher.on_replica_ready(0, 1.0) == dispatcher.on_replica_ready(2, 2.0) == []
+    assert {lease.replica_id for lease in of(Lease, dispatcher.on_replica_ready(1, 3.0))} == {0, 1, 2}
+    assert len(of(Lease, dispatcher.on_replica_ready(3, 4.0))) == 1
+
+
+def test_once_begun_it_goes_on_with_fewer_than_it_begins_with():
+    dispatcher, leases = started(num_units=6, num_replicas=2, min_replicas=2, max_leases=1)
+    dispatcher.on_replica_lost(1, Loss.NODE, "gone", 1.0)
+    dispatcher.on_unit_checked(leases[0].unit_index, None)
+    assert len(of(Lease, dispatcher.on_report(*done(leases[1])))) == 1
+    assert dispatcher.on_tick(1000.0) == []  # one works: there is no time limit
+
+
+def test_with_few_units_fewer_replicas_are_waited_for():
+    dispatcher = make(num_units=1, num_replicas=4, min_replicas=3)
+    dispatcher.start(0.0)
+    assert len(dispatcher.on_replica_ready(0, 1.0)) == 1
+
+
+def test_too_few_replicas_in_time_are_told_with_why_the_last_one_failed():
+    dispatcher = make(num_replicas=4, min_replicas=3, start_timeout_s=60.0)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_ready(0, 1.0)
+    dispatcher.on_replica_failed_to_start(1, ("ModelError", "no weights here", ""), 2.0)
+    [failure] = of(Fail, dispatcher.on_tick(60.0))
+    assert str(failure.error).startswith("1 of the 3 replicas needed were ready within 60 s")
+    assert "no weights here" in str(failure.error)
+
+
+def test_it_grows_when_nodes_join_and_the_new_ones_are_fed():
+    dispatcher, _ = started(num_units=20, num_replicas=1, max_leases=2)
+    starts = dispatcher.on_target(3)
+    assert starts == [StartReplica(1), StartReplica(2)]
+    assert len(of(Lease, dispatcher.on_replica_ready(1, 1.0))) == 2
+
+
+def test_it_grows_only_as_far_as_there_are_units():
+    dispatcher, _ = started(num_units=2, num_replicas=1, max_leases=1)
+    assert dispatcher.on_target(9) == [StartReplica(1)]
+
+
+def test_when_nodes_leave_only_who_waits_for_one_is_taken_back():
+    dispatcher = make(num_units=10, num_replicas=4)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_ready(0, 1.0)
+    dispatcher.on_heartbeat(1, 0, 1.0)  # it has a process, and loads
+    assert [kill.replica_id for kill in dispatcher.on_target(1)] == [3, 2]
+    assert (dispatcher.num_ready, dispatcher.num_starting) == (1, 1)
+    assert dispatcher.on_replica_lost(1, Loss.NODE, "gone", 2.0) == []
+
+
+def test_more_replicas_may_die_and_be_silent_for_longer_once_it_has_grown():
+    dispatcher, _ = started(num_units=4000, num_replicas=1)
+    dispatcher.on_target(500)
+    dispatcher.on_target(1)
+    assert of(KillReplica, dispatcher.on_tick(9.0)) == []
+    for now_s in range(10, 150, 10):
+        dispatcher.on_tick(float(now_s))
+    assert dispatcher.num_ready == 1, "its last poll may have been told to wait for 100 s"
+
+
+def test_a_replica_that_loads_too_long_is_replaced_while_others_work():
+    dispatcher = make(num_units=10, num_replicas=2, start_timeout_s=60.0)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_ready(0, 1.0)
+    dispatcher.on_replica_loading(1, 30.0)
+    dispatcher.on_replica_loading(1, 80.0)
+    assert ticks(dispatcher, 10, 89) == []
+    [kill] = of(KillReplica, dispatcher.on_tick(90.0))
+    assert (kill.replica_id, "not loaded within 60 s" in kill.reason) == (1, True)
+    assert ticks(dispatcher, 91, 95) == [StartReplica(2)]
+
+
+def test_a_replica_that_waits_for_a_node_or_its_turn_may_wait():
+    dispatcher = make(num_units=10, num_replicas=3, start_timeout_s=60.0)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_ready(0, 1.0)
+    dispatcher.on_heartbeat(1, 0, 1.0)
+    assert ticks(dispatcher, 2, 500) == []
+
+
+def test_replicas_that_never_load_are_given_up_in_the_end():
+    dispatcher = make(num_units=10, num_replicas=2, start_timeout_s=10.0)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_ready(0, 0.0)
+    kills, starting = [], 1
+    for now_s in range(1, 600):
+        dispatcher.on_heartbeat(0, now_s, float(now_s))
+        dispatcher.on_replica_loading(starting, float(now_s))
+        actions = dispatcher.on_tick(float(now_s))
+        kills += of(KillReplica, actions)
+        starting = next((start.replica_id for start in of(StartReplica, actions)), starting)
+    assert 3 <= len(kills) <= 8
+    assert [kill.reason.endswith("no other is tried") for kill in kills] == [False] * (len(kills) - 1) + [
+        True
+    ]
+
+
+def ticks(dispatcher, first_s, last_s):
+    """What a second's ticks lead to while replica 0 works."""
+    actions = []
+    for now_s in range(first_s, last_s + 1):
+        dispatcher.on_heartbeat(0, now_s, float(now_s))
+        actions += dispatcher.on_tick(float(now_s))
+    return actions

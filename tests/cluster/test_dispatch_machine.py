@@ -40,10 +40,14 @@ class DispatchWorld(RuleBasedStateMachine):
     @initialize(
         num_units=st.integers(1, 25),
         num_replicas=st.integers(1, 4),
+        min_replicas=st.integers(1, 3),
+        start_timeout_s=st.sampled_from([1e9, 40.0]),
         poison=st.sets(st.tuples(st.integers(0, 24), st.integers(0, ROWS - 1)), max_size=3),
     )
-    def begin(self, num_units, num_replicas, poison):
+    def begin(self, num_units, num_replicas, min_replicas, start_timeout_s, poison):
         self.num_units = num_units
+        self.target = num_replicas
+        self.num_needed = min(num_units, num_replicas, min_replicas)
         self.poison = {unit: {row for other, row in poison if other == unit} for unit in range(num_units)}
         self.now_s = 0.0
         self.store: dict[int, int] = {}  # unit -> how often its part was created
@@ -54,9 +58,10 @@ class DispatchWorld(RuleBasedStateMachine):
         self.ended: Finish | Fail | None = None
         policy = DispatchPolicy(
             num_replicas=num_replicas,
-            start_timeout_s=1e9,
+            start_timeout_s=start_timeout_s,
             max_leases=MAX_LEASES,
             step_timeout_s=HANG_S,
+            min_replicas=min_replicas,
         )
         self.dispatcher = Dispatcher(range(num_units), policy, num_rows=lambda unit: ROWS)
         self.apply(self.dispatcher.start(0.0))
@@ -70,6 +75,7 @@ class DispatchWorld(RuleBasedStateMachine):
                 case StartReplica(replica_id):
                     assert replica_id not in self.replicas
                     self.replicas[replica_id] = SimReplica()
+                    assert len(self.replicas) <= min(self.target, self.num_units)
                 case KillReplica(replica_id):
                     self.bury(replica_id)
                 case CheckCommitted(unit):
@@ -86,6 +92,9 @@ class DispatchWorld(RuleBasedStateMachine):
     def accept(self, lease):
         replica = self.replicas[lease.replica_id]
         assert replica.is_ready
+        self.num_needed = min(self.num_needed, self.num_units - self.dispatcher.units.num_committed)
+        assert sum(other.is_ready for other in self.replicas.values()) >= self.num_needed
+        self.num_needed = 1  # once it has begun, it goes on with any
         assert lease.unit_index not in {other.unit_index for other in replica.leases}
         replica.leases.append(lease)
 
@@ -151,6 +160,20 @@ class DispatchWorld(RuleBasedStateMachine):
         if replica_id is not None:
             self.replicas[replica_id].is_ready = True
             self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
+
+    @rule(data=st.data())
+    def begins_to_load(self, data):
+        replica_id = self.pick(data, lambda replica: not replica.is_ready)
+        if replica_id is not None:
+            self.dispatcher.on_heartbeat(replica_id, 0, self.now_s)
+            self.dispatcher.on_replica_loading(replica_id, self.now_s)
+
+    @rule(num_replicas=st.integers(1, 6))
+    def nodes_join_or_leave(self, num_replicas):
+        if self.ended is None:
+            self.target = num_replicas
+            self.num_needed = min(self.num_needed, num_replicas)
+            self.apply(self.dispatcher.on_target(num_replicas))
 
     @rule(data=st.data())
     def commits_a_unit(self, data):
