@@ -463,6 +463,13 @@ def _as_custom(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def _as_gpus(amount: float) -> float:
+    if amount > 1 and not amount.is_integer():
+        raise ValueError(f"a share is of one GPU, and more than one are whole, found {amount:g}")
+    return amount
+
+
+GpuShare = Annotated[float, Field(ge=0.0), AfterValidator(_as_gpus)]
 _Count = Annotated[int, Field(ge=1)]
 ReplicaRange = Annotated[tuple[_Count, _Count], AfterValidator(_as_range)]
 
@@ -478,7 +485,9 @@ class ClusterSpec(_Section):
         default="auto", description="auto: the running cluster or a local one; local; host:port; ray://…"
     )
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] | ReplicaRange = "auto"
-    gpus_per_replica: Literal["auto"] | Annotated[float, Field(ge=0.0)] = "auto"
+    gpus_per_replica: Literal["auto"] | GpuShare = Field(
+        default="auto", description="GPUs of one node; a model is spread over more than 1"
+    )
     cpus_per_replica: Annotated[float, Field(gt=0.0)] = 1.0
     accelerator_type: str | None = Field(
         default=None,
@@ -499,6 +508,11 @@ class ClusterSpec(_Section):
     drain_grace_s: float = Field(
         default=30.0, ge=0.0, description="after SIGTERM: how long leased units may go on"
     )
+
+    @property
+    def gpus_per_model(self) -> int:
+        """Devices that the model of a replica is spread over."""
+        return 1 if self.gpus_per_replica == "auto" else max(1, int(self.gpus_per_replica))
 
     @property
     def min_replicas(self) -> int:
