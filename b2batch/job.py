@@ -30,6 +30,7 @@ from b2batch.labelling.judgement import judge
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.facts import gpu_dtype
 from b2batch.models.families import PromptCodec, family_of
+from b2batch.notify.announcement import Announcement
 from b2batch.models.footprint import Architecture, weight_bytes
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.lease import Epoch
@@ -180,14 +181,20 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
         ErrorBudgetExceeded: finished, but with more failed rows than allowed.
         ClusterError: replicas could not be had or kept; the run can be resumed.
     """
+    with Announcement(spec) as announcement:
+        return _run_job(spec, options or RunOptions(), announcement)
+
+
+def _run_job(spec: JobSpec, options: RunOptions, announcement: Announcement) -> JobResult:
     started_s = time.monotonic()
-    options = options or RunOptions()
     job = prepare_job(spec)
     if options.should_stop():
         raise Drained("stopped before anything was started; the same command starts it")
     store = open_store(spec.output.path, job.record.run_id)
     held = when_free(partial(_take, job, store, options), options.wait_lock_s, options.should_stop)
+    announcement.store = store
     if isinstance(held, Success):
+        announcement.nothing_new()
         logger.info("%s: run %s is finished already; nothing to do", store.uri, job.record.run8)
         return _result(job, store, held.counts, started_s, num_rows_resumed=held.counts.num_rows)
     directory, epoch = held

@@ -37,6 +37,7 @@ from pydantic import (
 
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import SpecError
+from b2batch.notify_spec import WebhookSpec
 
 MAX_EXAMPLES_BYTES = 8 << 20
 MAX_JOB_FILE_BYTES = 256 * 1024
@@ -560,6 +561,7 @@ class JobSpec(_Section):
     engine: EngineSpec = EngineSpec()
     cluster: ClusterSpec = ClusterSpec()
     errors: ErrorsSpec = ErrorsSpec()
+    notify: tuple[WebhookSpec, ...] = ()
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from b2batch.job import check_schema
 from b2batch.models.checkpoint import open_checkpoint
 from b2batch.models.facts import ModelFacts, model_facts
 from b2batch.models.families import family_of
+from b2batch.notify.delivery import check_webhooks
 from b2batch.outputs.store import open_store
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec
@@ -31,7 +32,7 @@ class Validation:
     """A job that was found sound as far as a quick look goes.
 
     Columns are those of the files that hold the first rows. ``num_bad_rows`` of the ``num_rows``
-    looked at would be row errors; ``first_fault`` is the first of them.
+    looked at would be row errors; ``first_fault`` is the first of them. ``webhooks`` are their services.
     """
 
     model: ModelFacts
@@ -44,6 +45,7 @@ class Validation:
     num_bad_rows: int
     first_fault: str
     output: str
+    webhooks: tuple[str, ...]
 
 
 def validate_job(spec: JobSpec) -> Validation:
@@ -72,6 +74,7 @@ def validate_job(spec: JobSpec) -> Validation:
         num_bad_rows=len(faults),
         first_fault=faults[0] if faults else "",
         output=_check_output(spec.output.path),
+        webhooks=tuple(check_webhooks(spec.notify)),
     )
 
 

@@ -19,6 +19,7 @@ from b2batch import errors
 from b2batch.errors import B2BatchError, RowFault
 from b2batch.inputs import READERS
 from b2batch.models.families import MODELS
+from b2batch.notify_spec import WebhookSpec
 from b2batch.outputs.schema import own_columns
 from b2batch.spec import Example, JobSpec, Label, Message, find_fragments, parse_spec
 
@@ -89,7 +90,7 @@ def test_every_key_and_default_is_in_the_table(readme: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize("section", [Message, Example, Label])
+@pytest.mark.parametrize("section", [Message, Example, Label, WebhookSpec])
 def test_keys_of_list_elements_are_named(readme: Path, section: type[BaseModel]) -> None:
     text = readme.read_text(encoding="utf-8")
 

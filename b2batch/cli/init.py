@@ -52,6 +52,10 @@ output:
 
 # errors:
 #   max_error_rate: 0.01       # failed rows that are still a success
+
+# notify:                      # told how the job ended; try it with `b2batch notify`
+#   - url: ${env:MY_WEBHOOK}   # of Slack, Feishu, DingTalk, WeCom, or any that takes JSON
+#     events: [finish, failure, budget]
 """
 
 

@@ -19,6 +19,7 @@ from b2batch.cli.list_jobs import list_jobs
 from b2batch.cli.lock import lock
 from b2batch.cli.logs import logs
 from b2batch.cli.models import models
+from b2batch.cli.notify import notify
 from b2batch.cli.plan import plan
 from b2batch.cli.preview import preview
 from b2batch.cli.run import run
@@ -56,7 +57,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distributed batch inference for Baichuan 2 and other causal LMs: every input row exactly once.",
 )
-_VERBS = (init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, doctor, bench)
+_VERBS = (
+    init, validate, plan, preview, run, status, verify, export, compact, gc, schedule, notify, doctor, bench,
+)  # fmt: skip
 _CLUSTER_VERBS = (submit, list_jobs, logs, stop)
 for verb in (*_VERBS, *_CLUSTER_VERBS):
     app.command("list" if verb is list_jobs else None)(verb)  # `list` is Python's

@@ -48,6 +48,8 @@ def _print(found: Validation) -> None:
             ("ok", f"output: {found.output}, with {', '.join(found.output_columns)}"),
         ]
     )
+    if found.webhooks:
+        print_facts([("ok", f"notify: {', '.join(found.webhooks)}; `b2batch notify` sends them a test")])
     if found.num_bad_rows:
         bad = f"{found.num_bad_rows} of the first {plural(found.num_rows, 'row')} would be row errors"
         print_facts([("warn", bad), ("", found.first_fault)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ def test_a_secret_is_found_nowhere_after_runs_that_end_well_and_badly(tmp_path: 
             "on_bad_file": "skip",
         },
     )
+    document = json.loads(job.read_text(encoding="utf-8"))
+    document["notify"] = [{"url": "json://127.0.0.1:9${env:B2_TEST_SECRET}", "include_sample": 2}]
+    job.write_text(json.dumps(document), encoding="utf-8")
     shutil.move(tmp_path / "rows.jsonl", secret / "rows.jsonl")
     (secret / "x.gz").write_bytes(b"\x1f\x8b broken")
     said = []
@@ -48,6 +52,7 @@ def test_a_secret_is_found_nowhere_after_runs_that_end_well_and_badly(tmp_path: 
         said.append(ended.output)
 
     assert "${env:B2_TEST_SECRET}" in said[-1]
+    assert "notify.0 (JSON) was not told" in said[2]
     places = {
         **dict(enumerate(text.encode() for text in said)),
         **dict(_files(tmp_path / "out")),
