@@ -241,8 +241,12 @@ def explain_end(job: SubmittedJob) -> str | None:
             "there is no command b2batch on the PATH of the cluster's head: install it on all nodes, or name "
             "it in a --runtime-env"
         )
-    if job.state is JobState.FAILED and (job.exit_code is None or job.exit_code < 0):
+    if job.state is not JobState.FAILED:
+        return None
+    if job.exit_code is None:
         return f"Ray lost the job: {' '.join(job.message.split())[:500]}"
+    if job.exit_code < 0:
+        return f"its driver was killed by signal {-job.exit_code}; what was committed stays, submit it again"
     return None
 
 

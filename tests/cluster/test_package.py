@@ -96,6 +96,17 @@ def test_paths_mean_there_what_they_mean_here(home: Path) -> None:
     assert (sent.cluster.address, sent.cluster.replicas) == ("auto", 3)
 
 
+def test_no_secret_travels(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "s3://hidden-bucket")
+    spec = parse_spec({**JOB, "input": {"path": "${env:PLACE}/rows"}, "output": {"path": "${env:PLACE}/out"}})
+
+    with unpacked(make_package(spec, None).content) as place:
+        text = (place / JOB_FILE).read_text(encoding="utf-8")
+
+    assert "${env:PLACE}/rows" in text
+    assert "hidden" not in text
+
+
 def test_processors_bring_what_they_import_from_here(home: Path) -> None:
     (home / "lexicon").mkdir()
     (home / "lexicon" / "__init__.py").write_text("from lexicon.words import WORDS\n")

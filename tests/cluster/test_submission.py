@@ -123,6 +123,7 @@ def test_ends_that_ray_knows_no_code_of() -> None:
     assert exit_code_of(killed, None) == 137
     assert exit_code_of(lost, None) == 1
     assert explain_end(lost) == "Ray lost the job: the node died badly"
+    assert "killed by signal 9" in str(explain_end(killed))
     assert "PATH" in str(explain_end(SubmittedJob("x", JobState.FAILED, "", exit_code=127)))
     assert explain_end(SubmittedJob("x", JobState.FAILED, "", exit_code=3)) is None
 
