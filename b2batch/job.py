@@ -346,7 +346,7 @@ class _Run:
         from b2batch.worker import WorkerArgs
 
         return WorkerArgs(
-            spec=_with_absolute_model(self._job.spec),
+            spec=_with_fixed_model(self._job.spec, self._job.checkpoint),
             files=self._job.plan.files,
             input_schema=self._job.plan.schema,
             output_uri=self._store.uri,
@@ -475,12 +475,18 @@ def _refuse_own_output(spec: JobSpec, plan: Plan) -> None:
         )
 
 
-def _with_absolute_model(spec: JobSpec) -> JobSpec:
-    """A relative path of a model or an adapter means the driver's directory, not a replica's."""
+def _with_fixed_model(spec: JobSpec, checkpoint: Checkpoint) -> JobSpec:
+    """The model that was planned with, wherever and whenever a replica loads it.
+
+    A relative path of a model or an adapter means the driver's directory, not a replica's; a branch of
+    a hub's model means the commit that it had when the job began, also on a node that joins later.
+    """
     names = {"model": spec.model.model, "adapter": spec.model.adapter}
     paths = {key: Path(name).expanduser() for key, name in names.items() if name is not None}
-    local = {key: str(path.absolute()) for key, path in paths.items() if path.is_dir()}
-    return spec.model_copy(update={"model": spec.model.model_copy(update=local)})
+    fixed = {key: str(path.absolute()) for key, path in paths.items() if path.is_dir()}
+    if checkpoint.commit is not None:
+        fixed["revision"] = checkpoint.commit
+    return spec.model_copy(update={"model": spec.model.model_copy(update=fixed)})
 
 
 def _provenance(spec: JobSpec, checkpoint: Checkpoint) -> dict[str, Any]:

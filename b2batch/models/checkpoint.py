@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import ModelError
 from b2batch.models.adapter import Adapter, check_adapter
 from b2batch.models.config import check_config
+from b2batch.models.download_lock import only_download
 from b2batch.spec import ModelSpec, resolve_env
 
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
@@ -47,6 +49,13 @@ class Checkpoint:
     def model_type(self) -> str:
         """The family's key in ``MODELS``, or transformers' own."""
         return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a Hugging Face model; None for all that has no such fixed name."""
+        if self.is_local or self.source.startswith("ms://"):
+            return None
+        return self.directory.name  # of a snapshot
 
     @property
     def quantization(self) -> str | None:
@@ -90,7 +99,8 @@ class Checkpoint:
 def open_checkpoint(spec: ModelSpec, *, weights: bool) -> Checkpoint:
     """Find (and if need be download) a checkpoint and read its configs.
 
-    ``weights=False`` fetches configs and tokenizer only, which is all that planning needs.
+    ``weights=False`` fetches configs and tokenizer only, which is all that planning needs. Of the
+    processes that want the weights of one model only one downloads them, and the others wait for it.
 
     Raises:
         ModelError: there is no such checkpoint, or its files are not what a checkpoint needs.
@@ -160,12 +170,14 @@ def _locate(
 
 
 def _from_huggingface(name: str, revision: str | None, weights: bool, field: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = list(SMALL_FILES + _WEIGHT_FILES) if weights else list(SMALL_FILES)
+    lock = only_download(Path(constants.HF_HUB_CACHE), name) if weights else nullcontext()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        with lock:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{field}: {name!r} (revision {revision or 'main'}) is no local directory and cannot be had "
@@ -176,13 +188,16 @@ def _from_huggingface(name: str, revision: str | None, weights: bool, field: str
 def _from_modelscope(name: str, revision: str | None, weights: bool, field: str) -> Path:
     try:
         from modelscope import snapshot_download
+        from modelscope.utils.file_utils import get_modelscope_cache_dir
     except ImportError as error:
         raise ModelError(
             f"{field}: ms:// needs the modelscope package: pip install 'b2batch[modelscope]'"
         ) from error
     patterns = list(SMALL_FILES + _WEIGHT_FILES) if weights else list(SMALL_FILES)
+    lock = only_download(Path(get_modelscope_cache_dir()), name) if weights else nullcontext()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_file_pattern=patterns))
+        with lock:
+            return Path(snapshot_download(name, revision=revision, allow_file_pattern=patterns))
     except Exception as error:  # modelscope raises bare exceptions of many kinds
         raise ModelError(
             f"{field}: ms://{name} (revision {revision or 'master'}) cannot be had from ModelScope: "
