@@ -30,8 +30,8 @@ from b2batch.labelling.judgement import judge
 from b2batch.models.checkpoint import Checkpoint, open_checkpoint
 from b2batch.models.facts import gpu_dtype
 from b2batch.models.families import PromptCodec, family_of
-from b2batch.notify.announcement import Announcement
 from b2batch.models.footprint import Architecture, weight_bytes
+from b2batch.notify.announcement import Announcement
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.lease import Epoch
 from b2batch.outputs.lock import when_free
