@@ -233,7 +233,7 @@ def _amount(holder: Node | Placement, replica: Placement) -> str:
         amount = holder.resources.get(name, 0.0)
         kind = name.removeprefix(_ACCELERATOR)
         told.append(
-            f"{amount:g} {name}" if kind == name else f"{'an' if amount else 'no'} accelerator {kind}"
+            f"{amount:g} {name}" if kind == name else f"{'' if amount else 'no '}accelerator {kind}"
         )
     return f"{', '.join(told[:-1])} and {told[-1]}"
 

@@ -20,6 +20,7 @@ MANY = 10**6
         ([GPU_NODE], {"gpus_per_replica": 2, "cpus_per_replica": 32}, "auto", (2, 32.0, 2.0)),
         ([CPU_NODE], {"replicas": 20}, "auto", (20, 1.0, 0.0)),
         ([CPU_NODE], {"gpus_per_replica": 0}, "cuda", (8, 1.0, 0.0)),
+        ([CPU_NODE], {"replicas": (2, 20)}, "auto", (20, 1.0, 0.0)),
         ([CPU_NODE], {}, "cuda", (0, 1.0, 1.0)),
         ([GPU_NODE] * 9, {"gpus_per_replica": 9}, "auto", (0, 1.0, 9.0)),
         ([], {}, "auto", (0, 1.0, 0.0)),
@@ -28,6 +29,36 @@ MANY = 10**6
 def test_how_many_replicas_of_which_size(nodes, spec, device, expected):
     placement = plan_replicas(nodes, ClusterSpec(**spec), device, MANY)
     assert (placement.num_replicas, placement.num_cpus, placement.num_gpus) == expected
+
+
+H200_NODE = Node(64, 8, {"accelerator_type:H200": 1.0, "license": 4.0})
+OLD_NODE = Node(64, 8, {"accelerator_type:V100": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"accelerator_type": "H200"}, 8),
+        ({"accelerator_type": "V100", "gpus_per_replica": 0.5}, 16),
+        ({"resources": {"license": 1}}, 4),
+        ({"resources": {"license": 0.5}}, 8),
+        ({"resources": {"license": 5}}, 0),
+        ({"accelerator_type": "V100", "resources": {"license": 1}}, 0),
+    ],
+)
+def test_only_nodes_with_what_is_asked_for_carry_replicas(spec, expected):
+    assert plan_replicas([H200_NODE, OLD_NODE], ClusterSpec(**spec), "auto", MANY).num_replicas == expected
+
+
+def test_what_a_replica_takes_by_rays_names():
+    spec = ClusterSpec(accelerator_type="H200", resources={"license": 2})
+    placement = plan_replicas([H200_NODE], spec, "auto", MANY)
+    assert placement.bundle == {"CPU": 1.0, "GPU": 1.0, "license": 2.0, "accelerator_type:H200": 0.001}
+
+
+def test_a_node_that_joins_makes_room():
+    placement = plan_replicas([CPU_NODE], ClusterSpec(), "auto", MANY)
+    assert [placement.room(nodes) for nodes in ([], [CPU_NODE], [CPU_NODE, GPU_NODE])] == [0, 8, 72]
 
 
 @pytest.mark.parametrize("replicas", ["auto", 20])
@@ -52,8 +83,8 @@ class Waiting:
     def sleep(self, seconds):
         self.now_s += seconds
 
-    def place(self, timeout_s):
-        spec = ClusterSpec(gpus_per_replica=4)
+    def place(self, timeout_s, **spec):
+        spec = ClusterSpec(gpus_per_replica=4, **spec)
         return wait_for_placement(self.nodes, spec, "auto", MANY, timeout_s, lambda: self.now_s, self.sleep)
 
 
@@ -66,6 +97,16 @@ def test_a_request_that_never_fits_says_what_is_missing():
     with pytest.raises(ClusterError, match="needs 4 GPUs and 1 CPUs, and the largest node has 2 GPUs and 8"):
         waiting.place(timeout_s=10.0)
     assert waiting.now_s == 10.0
+
+
+def test_a_request_for_other_nodes_says_what_they_lack():
+    waiting = Waiting(joins_at_s=0.0, node=OLD_NODE)
+    with pytest.raises(ClusterError) as raised:
+        waiting.place(timeout_s=0.0, accelerator_type="H200", resources={"license": 1})
+    assert str(raised.value) == (
+        "a replica needs 4 GPUs, 1 CPUs, 1 license and accelerator H200, and the node that comes closest "
+        "has 8 GPUs, 64 CPUs, 0 license and no accelerator H200"
+    )
 
 
 def test_an_address_where_nobody_listens_is_told_at_once():
