@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from b2batch.errors import B2BatchError
+from b2batch.errors import B2BatchError, StorageError
 from b2batch.notify.delivery import check_webhooks, deliver
 from b2batch.notify.message import JobEnd, compose
 from b2batch.notify.order import Message
@@ -56,33 +57,32 @@ class Announcement:
             _log.warning("the webhooks could not be told: %s: %s", type(failure).__name__, failure)
 
     def _tell(self, error: Exception | None) -> None:
-        end = JobEnd(
-            job=self._spec.name,
-            output=self._spec.output.path if self.store is None else self.store.uri,
-            elapsed_s=time.monotonic() - self._started_s,
-            error=error,
-            view=self._view(),
-        )
-        if end.event is None:
+        elapsed_s = time.monotonic() - self._started_s
+        end = JobEnd(self._spec.name, self._spec.output.path, elapsed_s, error)
+        hooks = {index: hook for index, hook in enumerate(self._spec.notify) if end.event in hook.events}
+        if not hooks:
             return
-        told = {index: hook for index, hook in enumerate(self._spec.notify) if end.event in hook.events}
-        messages = [(hook, self._message(end, hook)) for hook in told.values()]
-        for index, outcome in zip(told, deliver(messages), strict=True):
+        store = None if isinstance(error, StorageError) else self.store  # to ask it again takes minutes
+        if store is not None:
+            end = replace(end, output=store.uri, view=_view(store))
+        messages = [(hook, _message(end, hook, store)) for hook in hooks.values()]
+        for index, outcome in zip(hooks, deliver(messages), strict=True):
             if outcome.is_done:
                 _log.info("notify.%d: %s was told: %s", index, outcome.service, end.event)
             else:
                 name = f" ({outcome.service})" if outcome.service else ""
                 _log.warning("notify.%d%s was not told: %s", index, name, outcome.detail)
 
-    def _message(self, end: JobEnd, hook: WebhookSpec) -> Message:
-        assert end.event is not None
-        wants_rows = hook.include_sample > 0
-        sample = sample_rows(self.store, hook.include_sample) if self.store and wants_rows else []
-        return compose(end, end.event, sample, with_reason=wants_rows)
 
-    def _view(self) -> Overview | None:
-        """How the output stands; None where it cannot be read, which the error may be about."""
-        try:
-            return None if self.store is None else overview(self.store, datetime.now(UTC))
-        except (B2BatchError, OSError):
-            return None
+def _message(end: JobEnd, hook: WebhookSpec, store: Store | None) -> Message:
+    wants_rows = hook.include_sample > 0
+    sample = sample_rows(store, hook.include_sample) if store is not None and wants_rows else []
+    return compose(end, sample, with_reason=wants_rows)
+
+
+def _view(store: Store) -> Overview | None:
+    """How the output stands; None where it cannot be read, which the error may be about."""
+    try:
+        return overview(store, datetime.now(UTC))
+    except (B2BatchError, OSError):
+        return None

@@ -58,10 +58,15 @@ class JobEnd:
         return _EVENT_OF_CODE.get(self.exit_code, "failure") if self.error else "finish"
 
 
-def compose(end: JobEnd, event: Event, sample: Sequence[str] = (), *, with_reason: bool = False) -> Message:
-    """The message for a webhook; ``sample`` are lines of rows, ``with_reason`` the error's own words."""
-    headline, severity = _HEADLINES[event]
-    facts = {"event": event, **_facts(end), **_reason(end.error, with_reason)}
+def compose(end: JobEnd, sample: Sequence[str] = (), *, with_reason: bool = False) -> Message:
+    """The message of an end that concerns somebody.
+
+    ``sample`` are lines of rows; ``with_reason`` tells the error's words also where they may quote a row.
+    """
+    if end.event is None:
+        raise ValueError("this end concerns nobody")
+    headline, severity = _HEADLINES[end.event]
+    facts = {"event": end.event, **_facts(end), **_reason(end.error, with_reason)}
     if sample:
         facts["sample"] = list(sample)
     title = f"b2batch {end.job}: {headline}" + (f" (exit {end.exit_code})" if end.exit_code else "")

@@ -21,6 +21,7 @@ from b2batch.errors import (
     Fenced,
     InputError,
     RunLocked,
+    StorageFull,
     UnitFailed,
 )
 from b2batch.job import run_job
@@ -136,6 +137,22 @@ def test_a_message_fits_every_service_and_holds_no_secret(
     assert len(f"{message.title}\r\n{message.body}".encode()) <= 2048
     assert "canary" not in repr(message)
     assert "${env:B2_HOOK}" in message.body
+
+
+def test_a_store_that_failed_is_not_asked_again(
+    tmp_path: Path, told: list[tuple[WebhookSpec, Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> None:
+        raise AssertionError("the store was asked")
+
+    monkeypatch.setattr(announcement_module, "overview", ask)
+    monkeypatch.setattr(announcement_module, "sample_rows", ask)
+    spec = spec_with(finish_job(tmp_path, 2), {"include_sample": 1})
+    with pytest.raises(StorageFull):
+        end(spec, StorageFull("no space left"), str(tmp_path / "out"))
+    with pytest.raises(Drained):
+        end(spec, Drained("nobody listens"), str(tmp_path / "out"))
+    assert [message.facts["reason"] for _, message in told] == ["StorageFull: no space left"]
 
 
 def test_what_goes_wrong_in_telling_is_logged_and_nothing_else(
