@@ -41,13 +41,13 @@ class StepContext:
 
     ``slots`` (T,) says where each token's key and value go; rows behind the last of them are padding.
     ``positions`` (T,) is a token's position in its sequence; ``caches`` is (keys, values) of each
-    layer, each (arena tokens, K, D). What a call needs in tensors is made by the first layer and kept
-    for the others.
+    layer, each (arena tokens, K, D). Without ``calls`` keys and values are written, and nothing more
+    (``KeysWritten``). What a call needs in tensors is made by the first layer and kept for the others.
     """
 
     slots: Tensor
     positions: Tensor
-    calls: Calls
+    calls: Calls | None
     caches: Sequence[tuple[Tensor, Tensor]]
     _made: dict[object, Any] = field(default_factory=dict)
 
@@ -56,6 +56,10 @@ class StepContext:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+class KeysWritten(Exception):
+    """A layer's keys and values stand in the arena, and that was all that the step wanted of it."""
 
 
 _current: ContextVar[Mapping[torch.device, StepContext]] = ContextVar("b2batch_step")
@@ -86,6 +90,8 @@ def arena_attention(
     num_tokens = len(step.slots)
     keys_SKD.index_copy_(0, step.slots, key[0, :, :num_tokens].transpose(0, 1).to(keys_SKD.dtype))
     values_SKD.index_copy_(0, step.slots, value[0, :, :num_tokens].transpose(0, 1).to(values_SKD.dtype))
+    if step.calls is None:
+        raise KeysWritten
     layer = _Layer(step, keys_SKD, values_SKD, scaling, getattr(module, "alibi_slopes", None))
     query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)

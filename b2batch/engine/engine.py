@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from b2batch.engine.cuda_runner import make_runner
+from b2batch.engine.heap import release_freed_memory
 from b2batch.engine.pooling import Pool
 from b2batch.engine.request import (
     AnyRequest,
@@ -178,6 +179,7 @@ class Engine:
         and the steps have their full size again.
         """
         torch.cuda.empty_cache()
+        release_freed_memory()
         limits = self._scheduler.limits
         if limits.max_num_seqs > 1 or limits.max_num_batched_tokens > _LEAST_TOKENS:
             num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)

@@ -22,3 +22,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+
+
+def release_freed_memory() -> None:
+    """Give the system what was kept: after a step that ran out of memory it is of use elsewhere.
+
+    oneDNN, for one, maps the code that it makes for a new shape of step beside the heap.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -19,6 +19,7 @@ from b2batch.models.footprint import Architecture, graph_bytes, workspace_bytes
 from b2batch.models.loading import pick_device, pick_dtype, refuse_missing_gpus
 from b2batch.spec import EngineSpec, JobSpec
 
+_CPU_SHORTAGES = ("DefaultCPUAllocator: ", "could not create a primitive", "could not execute a primitive")
 _CPU_SHARE = 0.2  # of the memory that is free: several replicas may share a host
 
 
@@ -108,7 +109,11 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a step failed for want of memory: CUDA's own error, or what torch's CPU allocator says."""
+    """Whether a step failed for want of memory: CUDA's own error, or what torch's CPU allocator says.
+
+    oneDNN does not say why it could not make or run a product. The same products ran when the engine was
+    checked, on fewer rows, so that it is for memory.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_SHORTAGES)

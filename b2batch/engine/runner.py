@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
 from b2batch.engine.cpu_decode import compile_kernel
 from b2batch.engine.kv import Span
+from b2batch.engine.last_layer import LastLayer, wanted_rows
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
 
@@ -39,12 +41,14 @@ class Runner:
         self.caches = [
             (shape.arena(kv_cache_tokens, device), shape.arena(kv_cache_tokens, device)) for device in layers
         ]
+        self._last_layer = LastLayer.of(model) if len(self.devices) == 1 else None
         self._hidden: Tensor | None = None
 
     def keep_hidden(self) -> None:
         """From now on keep each step's hidden states, for embeddings."""
         if self._hidden is None:
             self._hidden = torch.empty(0)
+            self._last_layer = None
             self.model.base_model.register_forward_hook(self._note_hidden)
 
     @property
@@ -73,15 +77,21 @@ class Runner:
             device: StepContext(_ids(slots, device), _ids(positions, device), calls, self.caches)
             for device in self.devices
         }
-        with attention.step_contexts(contexts):
+        wanted = wanted_rows(chunks)
+        with attention.step_contexts(contexts), self._only_wanted(chunks, contexts[self.device]) as is_cut:
             output = self.model(
                 input_ids=_ids(tokens, self.device)[None],
                 position_ids=contexts[self.device].positions[None],
                 use_cache=False,
-                logits_to_keep=_ids(_wanted_rows(chunks), self.index_device),
+                logits_to_keep=_ids(list(range(len(wanted))) if is_cut else wanted, self.index_device),
             )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    def _only_wanted(self, chunks: list[Chunk], context: StepContext) -> AbstractContextManager[bool]:
+        if self._last_layer is None:
+            return nullcontext(False)
+        return self._last_layer.only(chunks, context, joins_decodes=self._joins_decodes)
 
     def _num_padding(self, num_tokens: int) -> int:
         """Rows to add to a step, so that few sizes of large steps occur; nothing attends to them.
@@ -167,13 +177,3 @@ class KVShape:
                 f"engine.kv_cache_tokens: no room for {num_tokens} tokens of keys and values at "
                 f"{self.bytes_per_token} bytes each: {error}"
             ) from error
-
-
-def _wanted_rows(chunks: list[Chunk]) -> list[int]:
-    """Rows of the packed step whose logits are wanted."""
-    rows: list[int] = []
-    first = 0
-    for chunk in chunks:
-        rows += [first + position - chunk.start for position in chunk.logit_positions]
-        first += chunk.num_tokens
-    return rows
