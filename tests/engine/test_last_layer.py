@@ -11,8 +11,7 @@ import torch
 
 from b2batch.engine.request import ScoreRequest
 from b2batch.models.loading import LoadedModel
-
-from .serving import answer, engine_of, serve
+from engine.serving import answer, engine_of, serve
 
 LoadedOf = Callable[[str], LoadedModel]
 
