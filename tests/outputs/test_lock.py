@@ -124,7 +124,7 @@ class Waiting:
 
 def test_waiting_ends_when_the_lock_is_free(caplog: pytest.LogCaptureFixture) -> None:
     lock = Waiting(free_at_s=150)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="b2batch.outputs.lock"):
         assert lock.wait(float("inf")) == "taken"
     assert 150 <= lock.now_s < 153
     assert caplog.text.count("waiting for the lock: pid 7 on that host") == 3
