@@ -13,7 +13,8 @@ from b2batch.outputs.merge import Merge, begin_merge, plan_merge, read_merge
 from b2batch.outputs.run import RunDirectory, finish_merge
 from b2batch.outputs.store import open_store
 from b2batch.outputs.success import Success
-from b2batch.proof import stored_plan, stored_schema
+from b2batch.planning import stored_plan
+from b2batch.proof import stored_schema
 
 PART_BYTES = 128 << 20
 

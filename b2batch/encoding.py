@@ -77,7 +77,7 @@ class RowEncoder:
 
     def render(self, row: PromptRow) -> Prompt:
         """The prompt of a row before it is tokenised; RowError as ``PromptRenderer.render``."""
-        return self._renderer.render(row.columns)
+        return self._renderer.render(row.columns, row.tick)
 
     def encode(self, row: PromptRow) -> EncodedRow:
         """The request of a row, named by its ``row_id``.
@@ -112,7 +112,7 @@ class RowEncoder:
     def _prior_request(self, text: str) -> ScoreRequest:
         columns = dict.fromkeys(self._renderer.column_names, text)
         try:
-            prompt = self._renderer.render(columns)
+            prompt = self._renderer.render(columns, self._spec.tick)
             request = self._encode_scored(f"prior {text!r}", prompt, self._label_texts).request
         except RowError as error:
             raise SpecError(f"classify.calibrate_with: {text!r} gives no prompt: {error}") from None

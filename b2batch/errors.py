@@ -17,6 +17,8 @@ B2BatchError                 1    failed, resumable: the same command again goes
 ├── ReplicaSuspect           1    a replica computes nonsense; it is replaced
 ├── Fenced                   1    another driver took over this run
 ├── Drained                 75    stopped cleanly; requeue
+├── NothingToDo             99    nothing is new in the input, or the tick is finished
+├── PlanOutdated            99    another command changed the run since this one was planned
 └── RunLocked               99    another live driver holds this output
 
 RowError                     -    one row's fault: becomes a row with ``status = error``
@@ -104,6 +106,18 @@ class Drained(B2BatchError):
     """The run was asked to stop and did so cleanly; the same command resumes it."""
 
     exit_code = 75
+
+
+class NothingToDo(B2BatchError):
+    """Nothing is new in an incremental job's input, or the tick is finished."""
+
+    exit_code = 99
+
+
+class PlanOutdated(B2BatchError):
+    """Another command began or extended the run while this one planned; the same command plans anew."""
+
+    exit_code = 99
 
 
 class RunLocked(B2BatchError):

@@ -57,7 +57,7 @@ class PromptLengths:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the output directory holds now: ``new``, ``resumes``, ``finished`` or ``other`` (another run)."""
+    """What the output directory holds now: ``new``, ``resumes``, ``finished``, ``grows`` or ``other``."""
 
     state: str
     num_units_committed: int = 0
@@ -201,4 +201,6 @@ def _standing(job: PreparedJob) -> Standing:
     except IntegrityError as error:
         return Standing("other", detail=str(error))
     state = "finished" if directory.success() else "resumes"
+    if job.extension is not None and job.extension.base_digest:
+        state = "grows"
     return Standing(state, directory.num_committed())

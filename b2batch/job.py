@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,17 @@ from typing import Any
 import pyarrow as pa
 
 from b2batch.encoding import RowEncoder
-from b2batch.errors import B2BatchError, Drained, Fenced, InputError, StorageError
-from b2batch.inputs.plan import Plan, make_plan
+from b2batch.errors import (
+    B2BatchError,
+    Drained,
+    Fenced,
+    InputError,
+    NothingToDo,
+    PlanOutdated,
+    SpecError,
+    StorageError,
+)
+from b2batch.inputs.plan import Plan
 from b2batch.inputs.prompts import PromptRenderer
 from b2batch.inputs.schema import check_columns
 from b2batch.labelling.judgement import judge
@@ -32,7 +41,8 @@ from b2batch.models.facts import gpu_dtype
 from b2batch.models.families import PromptCodec, family_of
 from b2batch.models.footprint import Architecture, weight_bytes
 from b2batch.notify.announcement import Announcement
-from b2batch.outputs.finalise import finalise
+from b2batch.outputs.finalise import finalise, remove_superseded
+from b2batch.outputs.generation import Extension
 from b2batch.outputs.lease import Epoch
 from b2batch.outputs.lock import when_free
 from b2batch.outputs.record import RunRecord
@@ -41,6 +51,7 @@ from b2batch.outputs.schema import output_schema
 from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
 from b2batch.outputs.success import Success, allowed_errors
+from b2batch.planning import RunMaker, plan_run
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, mask_env
 from b2batch.telemetry import Progress
@@ -49,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 _STATUS_INTERVAL_S = 5.0
 _USUAL_ANSWER_TOKENS = 1024
+_PLAN_TRIES = 3
 _PROVENANCE_PACKAGES = ("b2batch", "torch", "transformers", "ray", "pyarrow", "sentencepiece")
 
 
@@ -63,6 +75,7 @@ class PreparedJob:
     plan: Plan
     schema: pa.Schema
     record: RunRecord
+    extension: Extension | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,27 +131,28 @@ class RunOptions:
     forced_code: Callable[[], int | None] = lambda: None
 
 
-def prepare_job(spec: JobSpec) -> PreparedJob:
+def prepare_job(spec: JobSpec, overwrite: bool = False) -> PreparedJob:
     """Preflight and plan: everything that can be wrong with a job and seen without running it.
+
+    ``overwrite``: an incremental job is planned as ``RunOptions`` of that name will have it.
 
     Raises:
         CallerError: the spec, the checkpoint, the input or their combination is refused.
+        DriftError: an incremental job's output is of other settings, or its input changed.
+        NothingToDo: an incremental job has no rows yet.
     """
+    if spec.has_tick_paths:
+        raise SpecError("input.path, output.path: {{ tick.… }} stands there: --tick says which tick is meant")
     checkpoint = open_checkpoint(spec.model, weights=False)
     codec = family_of(checkpoint).codec(checkpoint, spec.model)
     encoder = RowEncoder(spec, codec, checkpoint.generation_config)
-    plan = make_plan(spec.input, _answer_tokens(spec))
-    _refuse_own_output(spec, plan)
-    schema = check_schema(spec, plan.schema, checkpoint)
-    record = RunRecord.make(
-        spec,
-        plan_digest=plan.digest,
-        num_units=len(plan.units),
-        files=[asdict(file) for file in plan.files],
-        model_digest=checkpoint.digest(),
-        provenance=_provenance(spec, checkpoint),
+    maker = RunMaker(spec, _answer_tokens(spec), checkpoint.digest(), _provenance(spec, checkpoint))
+    planned = plan_run(maker, overwrite)
+    _refuse_own_output(spec, planned.plan)
+    schema = check_schema(spec, planned.plan.schema, checkpoint)
+    return PreparedJob(
+        spec, checkpoint, codec, encoder, planned.plan, schema, planned.record, planned.extension
     )
-    return PreparedJob(spec, checkpoint, codec, encoder, plan, schema, record)
 
 
 def _answer_tokens(spec: JobSpec) -> int:
@@ -177,6 +191,7 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
         CallerError: refused before anything ran.
         IntegrityError: the input or the spec is not what the existing output was made from.
         RunLocked: another live driver works on this output.
+        NothingToDo: an incremental job's input has nothing new, or the tick is finished.
         Drained: ``options.should_stop`` asked for it.
         ErrorBudgetExceeded: finished, but with more failed rows than allowed.
         ClusterError: replicas could not be had or kept; the run can be resumed.
@@ -187,11 +202,11 @@ def run_job(spec: JobSpec, options: RunOptions | None = None) -> JobResult:
 
 def _run_job(spec: JobSpec, options: RunOptions, announcement: Announcement) -> JobResult:
     started_s = time.monotonic()
-    job = prepare_job(spec)
-    if options.should_stop():
-        raise Drained("stopped before anything was started; the same command starts it")
-    store = open_store(spec.output.path, job.record.run_id)
-    held = when_free(partial(_take, job, store, options), options.wait_lock_s, options.should_stop)
+    try:
+        job, store, held = _planned_and_taken(spec, options)
+    except NothingToDo:
+        announcement.nothing_new()
+        raise
     announcement.store = store
     if isinstance(held, Success):
         announcement.nothing_new()
@@ -202,19 +217,53 @@ def _run_job(spec: JobSpec, options: RunOptions, announcement: Announcement) -> 
         return _Run(job, store, directory, epoch, options, started_s).drive()
 
 
+def _planned_and_taken(
+    spec: JobSpec, options: RunOptions
+) -> tuple[PreparedJob, Store, tuple[RunDirectory, Epoch] | Success]:
+    """The job and what ``_take`` gives; planned again where another command changed the run meanwhile."""
+    for tries_left in reversed(range(_PLAN_TRIES)):
+        job = prepare_job(spec, options.overwrite)
+        if options.should_stop():
+            raise Drained("stopped before anything was started; the same command starts it")
+        store = open_store(spec.output.path, job.record.run_id)
+        try:
+            take = partial(_take, job, store, options)
+            return job, store, when_free(take, options.wait_lock_s, options.should_stop)
+        except PlanOutdated as outdated:
+            if not tries_left:
+                raise
+            logger.info("%s; it is planned again", outdated)
+    raise AssertionError("unreachable")
+
+
 def _take(job: PreparedJob, store: Store, options: RunOptions) -> tuple[RunDirectory, Epoch] | Success:
     """The run's directory and its lease; what ``_SUCCESS`` says where nothing is left to do."""
     directory = RunDirectory.open(
         store,
         job.record,
         job.plan.to_bytes(),
+        extension=job.extension,
         overwrite=options.overwrite,
         allow_foreign=options.allow_foreign,
     )
     success = directory.success()
+    if success is not None:
+        _refuse_what_is_done(job, success)
     if success is not None and not success.partial:  # a partial one may be within today's budget
         return success
     return directory, directory.take_epoch(takeover=options.takeover)
+
+
+def _refuse_what_is_done(job: PreparedJob, success: Success) -> None:
+    """A finished tick, and an incremental run without anything new, are nothing to begin."""
+    tick = job.spec.tick
+    is_its_own = not job.spec.input.incremental or tick in job.plan.ticks
+    if tick and not is_its_own:
+        raise NothingToDo(f"{job.spec.output.path}: tick {tick}: nothing is new in the input")
+    if not success.partial and tick:
+        raise NothingToDo(f"{job.spec.output.path}: tick {tick} is finished")
+    if not success.partial and job.spec.input.incremental:
+        raise NothingToDo(f"{job.spec.output.path}: nothing is new in the input")
 
 
 class _Run:
@@ -251,6 +300,8 @@ class _Run:
             self._run_pending()
             self._epoch.check_not_fenced()
             self._write_status(RunState.FINALISING)
+            if self._job.spec.input.incremental:
+                remove_superseded(self._directory)
             judge(self._directory, self._job.plan, self._job.spec)
             success = finalise(
                 self._directory,
@@ -258,6 +309,7 @@ class _Run:
                 self._job.schema,
                 num_skipped_blank=self._job.plan.num_blank,
                 max_error_rate=self._job.spec.errors.max_error_rate,
+                first_unit=self._job.plan.first_unit(self._job.plan.generation),
             )
         except BaseException as error:
             self._write_end(error)

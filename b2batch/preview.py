@@ -53,7 +53,7 @@ def preview_job(spec: JobSpec, num_rows: int, *, generate: bool) -> list[Preview
     given = spec.input
     limit = num_rows if given.limit is None else min(num_rows, given.limit)
     looked_at = given.model_copy(update={"limit": limit, "fingerprint": "fast"})
-    plan = make_plan(looked_at)
+    plan = make_plan(looked_at, tick=spec.tick)
     check_schema(spec, plan.schema, checkpoint)
     requests: list[AnyRequest] = []
     rows = [_encode(encoder, row, requests) for row in first_rows(plan, looked_at, limit)]

@@ -20,6 +20,7 @@ from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
 from b2batch.outputs.verify import RowsDigest, VerifyReport, verify
+from b2batch.planning import stored_plan
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec, JobSpec, parse_spec
 
@@ -38,6 +39,8 @@ def verify_job(
     job = prepare_job(spec)
     directory = RunDirectory.existing(open_store(spec.output.path, job.record.run_id))
     check_drift(directory.record, job.record, directory.store.uri)
+    if spec.input.incremental:  # what is new in the input since is the next run's
+        return _verify_stored(directory, with_input, repair, quarantine)
     return _verify(directory, job.plan, job.plan.files if with_input else None, repair, quarantine)
 
 
@@ -55,23 +58,19 @@ def verify_output(
     """
     run_id = RunDirectory.existing(open_store(path)).record.run_id
     directory = RunDirectory.existing(open_store(path, run_id))
-    plan = stored_plan(directory)
-    files = [_as_it_is(file) for file in plan.files] if with_input else None
-    return _verify(directory, plan, files, repair, quarantine)
-
-
-def stored_plan(directory: RunDirectory) -> Plan:
-    """The plan that the run was made from, as it stands in its directory; IntegrityError if it is another."""
-    plan = Plan.from_bytes(directory.read_plan())
-    if plan.digest != directory.record.plan_digest:
-        raise IntegrityError(f"{directory.store.uri}: the stored plan is not the one of its run.json")
-    return plan
+    return _verify_stored(directory, with_input, repair, quarantine)
 
 
 def stored_schema(directory: RunDirectory, plan: Plan) -> pa.Schema:
     """The schema of every part of the run."""
     spec = parse_spec(directory.record.spec)
     return output_schema(plan.schema, spec, directory.record.provenance.get("hidden_size", 0))
+
+
+def _verify_stored(directory: RunDirectory, with_input: bool, repair: bool, quarantine: bool) -> VerifyReport:
+    plan = stored_plan(directory)
+    files = [file if file.superseded else _as_it_is(file) for file in plan.files] if with_input else None
+    return _verify(directory, plan, files, repair, quarantine)
 
 
 def _verify(

@@ -46,13 +46,14 @@ class PromptRow:
 
     ``columns`` holds the record's own values as plain Python; it is empty when ``failure`` says
     that the record could not be read. ``row_hash`` is the xxh128 of the raw line (JSONL) or of the
-    canonical row (Parquet): the identity that ``verify`` checks.
+    canonical row (Parquet): the identity that ``verify`` checks. ``tick`` is the one whose run planned it.
     """
 
     row_id: str
     row_hash: bytes
     columns: Mapping[str, Any]
     failure: RowFailure | None = None
+    tick: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import (
@@ -31,6 +33,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -38,6 +41,8 @@ from pydantic import (
 from b2batch.assets import EMBEDDED_MODELS
 from b2batch.errors import SpecError
 from b2batch.notify_spec import WebhookSpec
+from b2batch.ticks.cron import CronExpression, parse_cron
+from b2batch.ticks.tick import Tick, latest_tick, mentions_tick, parse_tick
 
 MAX_EXAMPLES_BYTES = 8 << 20
 MAX_JOB_FILE_BYTES = 256 * 1024
@@ -133,6 +138,20 @@ class InputSpec(_Section):
     sampling_column: str | None = Field(
         default=None, description="a column of sampling keys that override `sampling`"
     )
+    incremental: bool = Field(
+        default=False, description="the output grows by what is new in the input since the run before"
+    )
+    on_changed: Literal["error", "reprocess", "skip"] = Field(
+        default="error", description="incremental: a file that is not as it was labelled"
+    )
+
+    @model_validator(mode="after")
+    def _grows_by_whole_files(self) -> Self:
+        if self.incremental and self.limit is not None:
+            raise ValueError("limit: an incremental input has no first rows to take; leave it out")
+        if self.on_changed != "error" and not self.incremental:
+            raise ValueError("on_changed: only with incremental: true")
+        return self
 
 
 class Message(_Section):
@@ -528,6 +547,54 @@ class ClusterSpec(_Section):
         return self.replicas[1] if isinstance(self.replicas, tuple) else self.replicas
 
 
+class ScheduleSpec(_Section):
+    """When the job is due, for ``run --tick auto`` and ``schedule``."""
+
+    cron: str | None = Field(default=None, description="minute hour day month weekday")
+    timezone: str = Field(default="UTC", description="of cron and of ticks, as Asia/Shanghai")
+    catchup: Literal["latest", "all", "none"] = Field(
+        default="latest", description="which of the ticks that were missed are made up for"
+    )
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        try:
+            ZoneInfo(self.timezone)
+        except (ValueError, OSError, KeyError):
+            raise ValueError(
+                f"timezone: {self.timezone!r} is none that is known here, as Asia/Shanghai"
+            ) from None
+        if self.cron is None and self.catchup != "latest":
+            raise ValueError("catchup: without cron no tick can be missed")
+        if self.cron is not None:
+            try:
+                parse_cron(self.cron, "cron")
+            except SpecError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The time zone of its ticks."""
+        return ZoneInfo(self.timezone)
+
+    @property
+    def expression(self) -> CronExpression | None:
+        """``cron`` as it is read; None without one."""
+        return None if self.cron is None else parse_cron(self.cron, "cron")
+
+    def tick(self, text: str) -> Tick:
+        """The tick at an instant in ISO 8601; SpecError when there is none."""
+        return parse_tick(text, self.expression, self.zone)
+
+    def latest_tick(self, now: datetime) -> Tick:
+        """The tick that is due; SpecError without a cron."""
+        expression = self.expression
+        if expression is None:
+            raise SpecError("--tick auto: the job has no schedule.cron to tell the tick by; give an instant")
+        return latest_tick(expression, self.zone, now)
+
+
 class ErrorsSpec(_Section):
     """How many failed rows are still a success: at least 10, or this share of all rows."""
 
@@ -562,6 +629,37 @@ class JobSpec(_Section):
     cluster: ClusterSpec = ClusterSpec()
     errors: ErrorsSpec = ErrorsSpec()
     notify: tuple[WebhookSpec, ...] = ()
+    schedule: ScheduleSpec = ScheduleSpec()
+    _tick: str = PrivateAttr(default="")
+
+    @property
+    def tick(self) -> str:
+        """The tick that ``at`` bound it to; empty where it was to none."""
+        return self._tick
+
+    @property
+    def has_tick_paths(self) -> bool:
+        """Whether its paths mention the tick, so that the job must be bound to one."""
+        return any(mentions_tick(path) for path in (*self.input.path, self.output.path))
+
+    def at(self, tick: Tick) -> JobSpec:
+        """The job of one tick: its paths with ``{{ tick.… }}`` put in.
+
+        Raises:
+            SpecError: a path names what a tick does not have, or two ticks would share an output.
+        """
+        output = tick.fill(self.output.path, "output.path")
+        if not self.input.incremental:
+            _refuse_shared_output(self, tick, output)
+        paths = tuple(tick.fill(path, "input.path") for path in self.input.path)
+        bound = self.model_copy(
+            update={
+                "input": self.input.model_copy(update={"path": paths}),
+                "output": self.output.model_copy(update={"path": output}),
+            }
+        )
+        bound._tick = tick.text
+        return bound
 
     @model_validator(mode="before")
     @classmethod
@@ -588,6 +686,12 @@ class JobSpec(_Section):
             )
         if self.output.columns is not None and not {"custom_id", "url", "body"} <= set(self.output.columns):
             raise ValueError("output.columns: custom_id, url and body are needed to export openai-batch")
+        return self
+
+    @model_validator(mode="after")
+    def _grows_in_one_place(self) -> Self:
+        if self.input.incremental and "{run8}" in self.output.path:
+            raise ValueError("output.path: {run8} names one input; with input.incremental the output grows")
         return self
 
     @model_validator(mode="after")
@@ -646,7 +750,9 @@ class JobSpec(_Section):
                 if key not in ("dtype", "compute_dtype", "head_dtype", "device")
             },
             "input": {
-                k: dump["input"][k] for k in ("key", "encoding", "max_record_bytes", "sampling_column")
+                k: dump["input"][k]
+                for k in ("key", "encoding", "max_record_bytes", "sampling_column")
+                + (("incremental",) if self.input.incremental else ())  # an output without it has no such key
             },
             "prompt": dump["prompt"],
             "sampling": dump["sampling"],
@@ -663,6 +769,18 @@ _TASK_OF_SECTION = {
     "vote": "generate",
     "vote_on": "generate",
 }
+
+
+def _refuse_shared_output(spec: JobSpec, tick: Tick, output: str) -> None:
+    path = spec.output.path
+    is_shared = not mentions_tick(path) and "{run8}" not in path
+    if tick.previous is not None and "{run8}" not in path:
+        is_shared |= spec.schedule.latest_tick(tick.previous).fill(path, "output.path") == output
+    if is_shared:
+        raise SpecError(
+            f"output.path: {spec.output.path}: each tick needs an output of its own: name it by "
+            "{{ tick.date }}, {{ tick.hour }} …, or let one grow with input.incremental: true"
+        )
 
 
 def _check_labels(labels: tuple[Label, ...]) -> None:

@@ -81,7 +81,7 @@ def validate_job(spec: JobSpec) -> Validation:
 def _look_at_input(spec: JobSpec) -> tuple[Sequence[PromptRow], pa.Schema]:
     limit = min(spec.input.limit or _LOOKED_AT_ROWS, _LOOKED_AT_ROWS)
     looked_at = spec.input.model_copy(update={"limit": limit, "fingerprint": "fast"})
-    plan = make_plan(looked_at)
+    plan = make_plan(looked_at, tick=spec.tick)
     return first_rows(plan, looked_at, limit), plan.schema
 
 

@@ -404,9 +404,10 @@ class Worker:
 
     def _origin(self, unit: WorkUnit, attempt: int) -> PartOrigin:
         file = self._args.files[unit.file_index]
+        grown = {"generation": file.generation, "tick": file.tick} if file.generation else {}
         return PartOrigin(
             run_id=self._args.run_id,
-            file={"path": file.path, "size": file.size, "fingerprint": file.fingerprint},
+            file={"path": file.path, "size": file.size, "fingerprint": file.fingerprint, **grown},
             epoch=self._args.epoch,
             attempt=attempt,
             worker_id=self._worker_id,

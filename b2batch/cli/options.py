@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,7 @@ def read_job(
     """
     from b2batch.spec import load_spec
 
-    return load_spec(*_job_file(job, config, overrides, values))
+    return of_now(load_spec(*_job_file(job, config, overrides, values)))
 
 
 def read_jobs(
@@ -67,6 +68,13 @@ def _job_file(
     return job or config or Path(), overrides or [], given
 
 
+def of_now(spec: JobSpec) -> JobSpec:
+    """For verbs that look at a job: where it is one of ticks, that of the tick that is due."""
+    if not spec.has_tick_paths and not (spec.input.incremental and spec.schedule.cron):
+        return spec
+    return spec.at(spec.schedule.latest_tick(datetime.now(UTC)))
+
+
 def is_job_file(target: str) -> bool:
     """Whether an ``OUT|JOB.yaml`` argument names a job file."""
     return target.endswith((".yaml", ".yml")) and not Path(target).is_dir()
@@ -79,7 +87,7 @@ def output_path(target: str) -> str:
     from b2batch.job import open_output
     from b2batch.spec import load_spec
 
-    return open_output(load_spec(target)).uri
+    return open_output(of_now(load_spec(target))).uri
 
 
 def log_to_stderr(verbose: bool) -> None:

@@ -19,6 +19,8 @@ def overview_facts(view: Overview) -> Iterator[tuple[str, str]]:
     """What is worth saying of ``view``, as names and values."""
     yield "run", f"{view.run_id[:8]}: {_state(view)}"
     yield "output", view.output
+    if view.generation > 1 or view.tick:
+        yield "generation", f"{view.generation}" + (f", tick {view.tick}" if view.tick else "")
     if view.reason:
         yield "reason", shorten(view.reason, _MESSAGE_CHARS)
     counts = view.counts

@@ -145,6 +145,8 @@ def _output_facts(found: Estimate) -> Iterator[tuple[str, str]]:
             yield "", "new: nothing is committed"
         case "resumes":
             yield "", f"resumes: {standing.num_units_committed} of {found.num_units} units are committed"
+        case "grows":
+            yield "", f"grows: {standing.num_units_committed} of {found.num_units} units are committed"
         case "finished":
             yield "", "finished already: a run has nothing to do"
         case _:

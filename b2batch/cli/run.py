@@ -16,7 +16,15 @@ import typer
 from b2batch.cli.options import Config, Input, Job, Json, Limit, Output, Set, Verbose, read_jobs
 from b2batch.cli.overview import overview_facts
 from b2batch.cli.printing import duration, print_facts, print_json
-from b2batch.errors import B2BatchError, CallerError, ErrorBudgetExceeded, IntegrityError, RunLocked
+from b2batch.errors import (
+    B2BatchError,
+    CallerError,
+    ErrorBudgetExceeded,
+    InputError,
+    IntegrityError,
+    NothingToDo,
+    RunLocked,
+)
 
 if TYPE_CHECKING:
     from b2batch.job import JobResult, RunOptions
@@ -43,6 +51,12 @@ def run(
             "--wait-lock", metavar="SECONDS", min=0.0, help="Wait for another driver to end; inf: any time."
         ),
     ] = 0.0,
+    tick: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INSTANT|auto", help="Whose run it is: 2026-11-23T02:00; auto: the schedule's due one."
+        ),
+    ] = None,
     allow_foreign: Annotated[
         bool, typer.Option("--allow-foreign", help="Write beside files that are not b2batch's.")
     ] = False,
@@ -56,7 +70,8 @@ def run(
     """Run a job to its end, or go on with it: after any stop the same command resumes.
 
     Exit codes: 0 done; 1 failed, run again; 2 the job is wrong; 3 done, too many failed rows; 4 the output
-    is another run's; 75 stopped, run again; 99 another driver works on it; 130, 143 forced.
+    is another run's; 75 stopped, run again; 99 another driver works on it, or nothing is new; 130, 143
+    forced.
     """
     specs = read_jobs(
         job,
@@ -75,17 +90,47 @@ def run(
     options = RunOptions(
         overwrite=overwrite, takeover=takeover, wait_lock_s=wait_lock, allow_foreign=allow_foreign
     )
-    ends, error = [], None
-    for spec in specs:
+    ends: list[dict[str, Any]] = []
+    errors: list[B2BatchError | None] = []
+    bound = _at_ticks(specs, tick)
+    for spec in bound:
         end, failed = _run_one(spec, options, verbose, as_json)
         ends.append(end)
-        error = failed or error
-        if failed is not None and not isinstance(failed, ErrorBudgetExceeded):
-            break  # what stopped this revision would stop the others
+        errors.append(failed)
+        if not _goes_on(failed, is_of_many=tick is not None):
+            break  # what stopped this revision or tick would stop the others
     if as_json:
-        print_json(ends if len(specs) > 1 else ends[0])
+        print_json(ends if len(bound) > 1 else ends[0])
+    error = _gravest(errors)
     if error is not None:
         raise error
+
+
+def _at_ticks(specs: list[JobSpec], tick: str | None) -> list[JobSpec]:
+    """Each job at each of the ticks that are meant, the oldest first."""
+    if tick is None:
+        return specs
+    from b2batch.due import ticks_to_run
+
+    now = datetime.now(UTC)
+    return [spec.at(each) for spec in specs for each in ticks_to_run(spec, tick, now)]
+
+
+def _goes_on(failed: B2BatchError | None, is_of_many: bool) -> bool:
+    """Whether other revisions or ticks may still succeed. A tick's input may be missing for good."""
+    return (
+        failed is None
+        or isinstance(failed, (ErrorBudgetExceeded, NothingToDo))
+        or (is_of_many and isinstance(failed, InputError))
+    )
+
+
+def _gravest(errors: list[B2BatchError | None]) -> B2BatchError | None:
+    """What the command ends with; that one of several had nothing to do is no failure."""
+    failed = [error for error in errors if error is not None and not isinstance(error, NothingToDo)]
+    if failed:
+        return failed[-1]
+    return None if None in errors else errors[-1]
 
 
 def _run_one(

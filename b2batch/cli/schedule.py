@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from b2batch.scheduling.manifest import Kind, Manifest
     from b2batch.scheduling.scheduled_job import ScheduledJob
     from b2batch.spec import JobSpec
+    from b2batch.ticks.cron import CronExpression
 
 _NUM_TIMES = 3
 _FIXED_OUTPUT = (
     "note: output.path is the same at each start: once the run there has finished, a start does nothing, and "
-    "a changed input is refused (4). For an input that changes: --set 'output.path=…/{run8}'"
+    "a changed input is refused (4). For an input that grows: input.incremental: true, or {{ tick.date }} in "
+    "its paths with schedule.cron; for one that changes: --set 'output.path=…/{run8}'"
 )
+_OWN_CLOCK = "note: ticks are of {zone}, but the start is by the clock of its machine: give --cron in that"
 
 
 class Scheduler(StrEnum):
@@ -43,8 +46,11 @@ def schedule(
     kind: Annotated[Scheduler, typer.Argument(metavar="KIND", help=" | ".join(Scheduler))],
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
     cron: Annotated[
-        str, typer.Option(metavar="'M H D M W'", help="Minute, hour, day, month, weekday: '0 2 * * *'.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="'M H D M W'", help="Minute, hour, day, month, weekday: '0 2 * * *'; default: the job's."
+        ),
+    ] = None,
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR|-", help="Where to write the files; -: to stdout.")
     ] = "-",
@@ -89,16 +95,20 @@ def schedule(
     }
     machines = {name: value for name, value in {**given, "claim": claim}.items() if value is not None}
     _refuse_what_has_no_use(kind, ray_job, time_zone, program, machines)
-    from b2batch.scheduling.cron import parse_cron
     from b2batch.scheduling.manifest import render
     from b2batch.scheduling.scheduled_job import Machines, ScheduledJob
     from b2batch.spec import env_references, load_specs
 
     specs = load_specs(job, overrides or ())
     arguments = [str(job), *(word for override in overrides or () for word in ("--set", override))]
+    if specs[0].schedule.cron is not None:
+        _check_ticks(specs)
+        arguments += ["--tick", "auto"]
+        if _takes_zone(kind, ray_job):
+            time_zone = time_zone or specs[0].schedule.timezone
     scheduled = ScheduledJob(
         name=specs[0].name,
-        cron=parse_cron(cron),
+        cron=_cron(cron, specs[0]),
         directory=str((directory or Path()).absolute()),
         program=program or _this_program(kind),
         arguments=tuple(arguments),
@@ -109,8 +119,34 @@ def schedule(
     )
     _write(render(_kind(kind, ray_job), scheduled), output)
     _tell_times(scheduled, err=output == "-")
-    if any("{run8}" not in spec.output.path for spec in specs):
+    if any(_has_fixed_output(spec) for spec in specs):
         typer.echo(_FIXED_OUTPUT, err=True)
+    if specs[0].schedule.cron is not None and not _takes_zone(kind, ray_job):
+        typer.echo(_OWN_CLOCK.format(zone=specs[0].schedule.timezone), err=True)
+
+
+def _cron(given: str | None, spec: JobSpec) -> CronExpression:
+    from b2batch.ticks.cron import parse_cron
+
+    if given is not None:
+        return parse_cron(given)
+    if spec.schedule.expression is None:
+        raise CallerError("--cron: is needed, as the job has no schedule.cron")
+    return spec.schedule.expression
+
+
+def _check_ticks(specs: list[JobSpec]) -> None:
+    """Refuse now what ``run --tick auto`` would refuse."""
+    for spec in specs:
+        spec.at(spec.schedule.latest_tick(datetime.now(UTC)))
+
+
+def _has_fixed_output(spec: JobSpec) -> bool:
+    return not (spec.input.incremental or spec.has_tick_paths or "{run8}" in spec.output.path)
+
+
+def _takes_zone(kind: Scheduler, ray_job: bool) -> bool:
+    return not (ray_job or kind in (Scheduler.CRON, Scheduler.SLURM))
 
 
 def _kind(kind: Scheduler, ray_job: bool) -> Kind:
@@ -126,7 +162,7 @@ def _refuse_what_has_no_use(
     is_kubernetes = kind is Scheduler.KUBERNETES
     if ray_job and not is_kubernetes:
         raise CallerError(f"--ray-job is of kubernetes, not of {kind}")
-    if time_zone and (ray_job or kind in (Scheduler.CRON, Scheduler.SLURM)):
+    if time_zone and not _takes_zone(kind, ray_job):
         who = "KubeRay's operator" if ray_job else "the machine that cron runs on"
         raise CallerError(f"--time-zone: {kind} takes that of {who}; write --cron in it")
     used = {"gpus", "cpus", "memory_gib"} if kind in _ON_CLUSTER else set()

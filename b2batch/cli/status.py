@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from b2batch.cli.options import Json, Verbose, is_job_file, log_to_stderr
+from b2batch.cli.options import Json, Verbose, is_job_file, log_to_stderr, of_now
 from b2batch.cli.overview import overview_facts
 from b2batch.cli.printing import print_facts, print_json
 from b2batch.cli.submitted import find_submission, job_facts, open_cluster
@@ -83,7 +83,7 @@ def _open(target: str) -> Store:
         from b2batch.job import open_output
         from b2batch.spec import load_spec
 
-        return open_output(load_spec(target))
+        return open_output(of_now(load_spec(target)))
     from b2batch.outputs.store import open_store
 
     return open_store(target)

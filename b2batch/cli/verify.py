@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from b2batch.cli.options import Json, Target, Verbose, is_job_file, log_to_stderr
+from b2batch.cli.options import Json, Target, Verbose, is_job_file, log_to_stderr, of_now
 from b2batch.cli.printing import plural, print_facts, print_json
 from b2batch.errors import IntegrityError
 
@@ -45,7 +45,9 @@ def _verify(target: str, with_input: bool, repair: bool, quarantine: bool) -> Ve
     if is_job_file(target):
         from b2batch.spec import load_spec
 
-        return verify_job(load_spec(target), with_input=with_input, repair=repair, quarantine=quarantine)
+        return verify_job(
+            of_now(load_spec(target)), with_input=with_input, repair=repair, quarantine=quarantine
+        )
     return verify_output(target, with_input=with_input, repair=repair, quarantine=quarantine)
 
 

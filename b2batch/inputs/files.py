@@ -69,7 +69,12 @@ class InputFile(FoundFile):
 
     ``etag`` is the store's version of it before the scan (see ``stored_version``). ``fingerprint`` is
     ``sha256:…`` of the stored bytes, or ``fast:…`` over size, time and both ends. ``fault`` says why an
-    unreadable file is one.
+    unreadable file is one. ``tick`` is the tick whose run planned it, empty for none.
+
+    In an incremental plan ``generation`` says which one planned it (else 0). A file that ``is_appendable``
+    may have grown since: ``size`` and ``fingerprint`` are of what was planned. What was appended is a file
+    of the plan by itself, whose rows begin at the byte ``start``. ``num_known`` rows were left out since the
+    output held their key. The rows of a ``superseded`` file were replaced by those of a later one.
     """
 
     etag: str
@@ -79,6 +84,12 @@ class InputFile(FoundFile):
     num_blank: int
     fingerprint: str
     fault: str = ""
+    tick: str = ""
+    generation: int = 0
+    is_appendable: bool = False
+    start: int = 0
+    num_known: int = 0
+    superseded: bool = False
 
 
 def mask_secrets(text: str) -> str:

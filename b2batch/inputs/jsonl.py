@@ -11,40 +11,74 @@ from b2batch.errors import DriftError, RowError, RowFailure, RowFault, Stage
 from b2batch.inputs.files import FoundFile, InputFile, named_faults
 from b2batch.inputs.kinds import NULL, Kind, Misfit, fit, from_field, kind_of, to_field, unify
 from b2batch.inputs.lines import Line, split_lines
-from b2batch.inputs.reader import FileScan
-from b2batch.inputs.streams import TextStream
+from b2batch.inputs.reader import WHOLE, FilePart, FileScan
+from b2batch.inputs.streams import HashedFile, TextStream
 from b2batch.inputs.strict_json import parse_record, shown
 from b2batch.inputs.unit import UnitCutter, UnitRows, null_rows
 from b2batch.rows import PromptRow, WorkUnit
 from b2batch.spec import InputSpec
 
 
-def scan(file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
+def scan(file: FoundFile, spec: InputSpec, answer_tokens: int, part: FilePart = WHOLE) -> FileScan:
     """Find rows, units, column types and fingerprint in one pass; InputError when it does not decompress."""
-    cutter = UnitCutter(spec.rows_per_unit, answer_tokens)
+    cutter = UnitCutter(spec.rows_per_unit, answer_tokens, first_row=part.first_row, num_blank=part.num_blank)
     kinds: dict[str, Kind] = {}
-    with named_faults(file), closing(TextStream(file, hashed=spec.fingerprint == "full")) as stream:
-        for line in split_lines(stream.read, 0, None, spec.max_record_bytes):
+    with named_faults(file), closing(_open_to_scan(file, spec, part)) as stream:
+        num_bytes = file.size - part.start if part.is_bounded else None
+        for line in split_lines(stream.read, part.start, num_bytes, spec.max_record_bytes):
             if line.is_blank:
                 cutter.add_blank()
                 continue
-            if cutter.num_rows < spec.infer_rows:
-                _infer(line, kinds, spec)
+            is_inferred = cutter.num_rows < spec.infer_rows
+            record = _record(line, spec) if is_inferred or part.is_new else {}
+            if part.is_new is not None and not part.is_new(record.get(str(spec.key))):
+                cutter.add_known()
+                continue
+            if is_inferred:
+                for name, value in record.items():
+                    kinds[name] = unify(kinds.get(name, NULL), kind_of(value))
             cutter.add_row(line.start, line.stop)
         fingerprint = stream.fingerprint()
     schema = pa.schema([to_field(name, kind) for name, kind in kinds.items()])
-    return FileScan(cutter.num_rows, cutter.num_blank, fingerprint, schema, cutter.spans())
+    return FileScan(cutter.num_rows, cutter.num_blank, fingerprint, schema, cutter.spans(), cutter.num_known)
 
 
-def _infer(line: Line, kinds: dict[str, Kind], spec: InputSpec) -> None:
+def _open_to_scan(file: FoundFile, spec: InputSpec, part: FilePart) -> TextStream:
+    if spec.fingerprint == "full":
+        return TextStream(file, lambda: HashedFile(file, part.start, part.hashed, part.is_bounded))
+    stream = TextStream(file)
+    stream.move_to(part.start)
+    return stream
+
+
+def _record(line: Line, spec: InputSpec) -> dict[str, Any]:
+    """The values of a line; none where it is no record, which the row says itself when it is read."""
     if line.content is None:
-        return
+        return {}
     try:
-        record = parse_record(line.content, spec.encoding)
+        return parse_record(line.content, spec.encoding)
     except RowError:
-        return  # the row says so itself when it is read
-    for name, value in record.items():
-        kinds[name] = unify(kinds.get(name, NULL), kind_of(value))
+        return {}
+
+
+def whole_lines(file: FoundFile, spec: InputSpec) -> int:
+    """The size of an uncompressed file without a last line that somebody is still writing.
+
+    A last line without an end counts where it is a whole record, as many files end without one.
+    """
+    filesystem, path = file.locate()
+    with named_faults(file), filesystem.open_input_file(path) as stored:
+        start = max(0, file.size - spec.max_record_bytes)
+        stored.seek(start)
+        end = bytes(stored.read(file.size - start))
+    before, newline, last = end.rpartition(b"\n")
+    if not last.strip() or (start and not newline):
+        return file.size
+    try:
+        parse_record(last.removeprefix(b"\xef\xbb\xbf"), spec.encoding)
+    except RowError:
+        return start + len(before) + len(newline)
+    return file.size
 
 
 def open_rows(file: InputFile, schema: pa.Schema, spec: InputSpec) -> JsonlRows:

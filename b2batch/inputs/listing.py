@@ -51,15 +51,16 @@ def list_files(spec: InputSpec) -> list[FoundFile]:
     where it spells that character out. Paths are relative to what all entries have in common.
 
     Raises:
-        InputError: a path does not exist, or a pattern or directory gives no file.
+        InputError: a path does not exist, or a pattern or directory gives no file; an incremental job may
+            find none yet where the directory is there.
         StorageError: an object store does not answer.
     """
-    matches = [match for text in spec.path for match in _matches(text)]
+    matches = [match for text in spec.path for match in _matches(text, may_be_empty=spec.incremental)]
     files = {(file.root, file.path): file for file in _rooted(matches)}
     return sorted(files.values(), key=lambda file: (file.path.encode("utf-8", "surrogateescape"), file.root))
 
 
-def _matches(text: str) -> list[_Match]:
+def _matches(text: str, may_be_empty: bool) -> list[_Match]:
     place = _parse_place(text)
     magic = (i for i, part in enumerate(place.parts) if re.search(r"[*?[]", part))
     base = place.above(next(magic, len(place.parts)))
@@ -70,16 +71,20 @@ def _matches(text: str) -> list[_Match]:
         if may_pass(error):
             raise StorageError(mask_secrets(f"input.path: {text}: cannot be listed: {error}")) from error
         raise InputError(mask_secrets(f"input.path: {text}: cannot be listed: {error}")) from error
-    if not found:
+    if not found and not (may_be_empty and _is_directory(base)):
         raise InputError(mask_secrets(f"input.path: {text}: {_nothing_found(base, pattern)}"))
     return found
 
 
+def _is_directory(place: _Place) -> bool:
+    filesystem, path = open_filesystem(place.uri)
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+
+
 def _nothing_found(base: _Place, pattern: Sequence[str]) -> str:
-    filesystem, path = open_filesystem(base.uri)
     if pattern:
         return "no file matches this pattern"
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+    if _is_directory(base):
         return "the directory holds no input file (names that begin with _ or . do not count)"
     return "there is no such file or directory"
 

@@ -18,7 +18,7 @@ from b2batch.inputs import jsonl
 from b2batch.inputs.files import FoundFile, InputFile
 from b2batch.inputs.jsonl import JsonlRows
 from b2batch.inputs.lines import Line
-from b2batch.inputs.reader import FileScan
+from b2batch.inputs.reader import WHOLE, FilePart, FileScan
 from b2batch.inputs.strict_json import to_json
 from b2batch.rows import PromptRow
 from b2batch.spec import InputSpec
@@ -42,10 +42,10 @@ _OTHER_KEYS = {"model", "messages", "prompt", "response_format", "logprobs", "to
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "stream", "safety_identifier"}
 
 
-def scan(file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
+def scan(file: FoundFile, spec: InputSpec, answer_tokens: int, part: FilePart = WHOLE) -> FileScan:
     """Find rows, units and fingerprint in one pass; the columns are always the same."""
     uninferred = spec.model_copy(update={"infer_rows": 0})
-    return replace(jsonl.scan(file, uninferred, answer_tokens), schema=SCHEMA)
+    return replace(jsonl.scan(file, uninferred, answer_tokens, part), schema=SCHEMA)
 
 
 def open_rows(file: InputFile, schema: pa.Schema, spec: InputSpec) -> BatchRows:

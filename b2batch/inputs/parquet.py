@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from b2batch.errors import InputError
 from b2batch.inputs.arrow_rows import RowConverter
 from b2batch.inputs.files import FoundFile, InputFile, named_faults
-from b2batch.inputs.reader import FileScan
+from b2batch.inputs.reader import WHOLE, FilePart, FileScan
 from b2batch.inputs.streams import fast_fingerprint, full_fingerprint
 from b2batch.inputs.unit import SPAN_FIELDS, TOKEN_WEIGHT, UNIT_WEIGHT, UnitRows
 from b2batch.rows import WorkUnit
@@ -25,18 +25,51 @@ _MAX_ROWS_PER_BYTE = 1000
 _MIN_ROWS_REFUSED = 1 << 30
 
 
-def scan(file: FoundFile, spec: InputSpec, answer_tokens: int) -> FileScan:
+def scan(file: FoundFile, spec: InputSpec, answer_tokens: int, part: FilePart = WHOLE) -> FileScan:
     """Read the footer, and for a full fingerprint the bytes; InputError when either is corrupt."""
     with named_faults(file), _open(file) as opened:
         fingerprint = full_fingerprint(file) if spec.fingerprint == "full" else fast_fingerprint(file)
         schema = opened.schema_arrow
         groups = [(group.num_rows, group.total_byte_size) for group in _row_groups(opened)]
         names = schema.names
+        is_known = _is_known(opened, str(spec.key), part.is_new) if part.is_new else None
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{file.uri}: the column {twice!r} is there twice")
     num_rows = _checked_num_rows(file, [rows for rows, _ in groups], opened.metadata.num_rows)
-    return FileScan(num_rows, 0, fingerprint, schema, _cut(groups, spec.rows_per_unit, answer_tokens))
+    spans = _cut(groups, spec.rows_per_unit, answer_tokens)
+    if is_known is None:
+        return FileScan(num_rows, 0, fingerprint, schema, spans)
+    num_known = int(is_known.sum())
+    return FileScan(num_rows - num_known, 0, fingerprint, schema, _without(spans, is_known), num_known)
+
+
+def _is_known(opened: pq.ParquetFile, key: str, is_new: Callable[[Any], bool]) -> np.ndarray:
+    """Of each row, whether ``is_new`` says that it is not."""
+    if key not in opened.schema_arrow.names:
+        return np.zeros(opened.metadata.num_rows, bool)  # refused where the columns are checked
+    batches = opened.iter_batches(columns=[key], use_threads=False)
+    known = [not is_new(value) for batch in batches for value in _values(batch.column(0))]
+    return np.array(known, bool)
+
+
+def _values(column: pa.Array) -> Iterator[Any]:
+    """The values; None for one that is no text, whose row says so itself when it is read."""
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            yield None
+
+
+def _without(spans: np.ndarray, is_known: np.ndarray) -> np.ndarray:
+    """The spans cut around the rows that are known: what is left of each lies in one piece."""
+    pieces = [np.empty((0, len(SPAN_FIELDS)), np.int64)]
+    for first, num_rows, *_ in spans.tolist():
+        kept = np.flatnonzero(~is_known[first : first + num_rows]) + first
+        runs = np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
+        pieces += [np.array([[run[0], len(run), run[0], run[-1] + 1, 0]]) for run in runs if len(run)]
+    return np.concatenate(pieces)
 
 
 def _open(file: FoundFile) -> pq.ParquetFile:
@@ -70,7 +103,7 @@ def _cut(groups: list[tuple[int, int]], rows_per_unit: int, answer_tokens: int) 
             step = min(rows_per_unit, max(1, UNIT_WEIGHT * num_rows // max(1, weight)))
             starts = np.arange(first, first + num_rows, step, dtype=np.int64)
             stops = np.minimum(starts + step, first + num_rows)
-            spans.append(np.stack([stops - starts, starts, stops, np.zeros_like(starts)], axis=1))
+            spans.append(np.stack([starts, stops - starts, starts, stops, np.zeros_like(starts)], axis=1))
         first += num_rows
     return np.concatenate(spans)
 

@@ -50,6 +50,7 @@ class PromptRenderer:
 
     ``constants`` are names that templates may use beside the row's columns. With ``allow_empty`` a
     prompt may say nothing. ``preprocess`` makes the columns that templates see from the row's.
+    ``tick_values`` gives what the name ``tick`` stands for in a row of that tick; without it, it is a column.
 
     Raises:
         SpecError: a template has a syntax error, is too long, or includes another.
@@ -62,11 +63,14 @@ class PromptRenderer:
         constants: Mapping[str, Any] | None = None,
         allow_empty: bool = False,
         preprocess: Callable[..., Any] | None = None,
+        tick_values: Callable[[str], Mapping[str, Any]] | None = None,
     ) -> None:
         self._spec = spec
         self._constants = constants or {}
         self._allow_empty = allow_empty
         self._preprocess = preprocess
+        self._tick_values = tick_values
+        self._given = {*self._constants, *(("tick",) if tick_values else ())}
         self._examples = _as_turns(spec.examples)
         self._nearest = (
             None if spec.nearest.column is None else NearestExamples(spec.examples, spec.nearest.k)
@@ -84,7 +88,13 @@ class PromptRenderer:
         labels = [label.model_dump() for label in spec.labels]
         constants = {"labels": labels} if labels else {}
         preprocess = load_processor(spec.preprocess, "preprocess") if spec.preprocess.function else None
-        return cls(spec.prompt, constants=constants, allow_empty=spec.task == "score", preprocess=preprocess)
+        return cls(
+            spec.prompt,
+            constants=constants,
+            allow_empty=spec.task == "score",
+            preprocess=preprocess,
+            tick_values=lru_cache(lambda text: spec.schedule.tick(text).values()) if spec.tick else None,
+        )
 
     def check_columns(self, schema: pa.Schema) -> None:
         """Refuse a prompt that uses a column which the input does not have.
@@ -99,8 +109,8 @@ class PromptRenderer:
         if self._spec.nearest.column is not None:
             check_columns(schema, [self._spec.nearest.column], "prompt.nearest.column")
         for template in self._templates:
-            check_columns(schema, set(template.names) - self._constants.keys(), template.where)
-            twice = self._constants.keys() & set(template.names) & set(schema.names)
+            check_columns(schema, set(template.names) - self._given, template.where)
+            twice = self._given & set(template.names) & set(schema.names)
             if twice:
                 raise SpecError(
                     f"{template.where}: {min(twice)!r} is a column of the input and also what the job file "
@@ -110,7 +120,7 @@ class PromptRenderer:
     @property
     def column_names(self) -> frozenset[str]:
         """The columns that a prompt is made of."""
-        used = {name for template in self._templates for name in template.names} - self._constants.keys()
+        used = {name for template in self._templates for name in template.names} - self._given
         named = {self._spec.column, self._spec.nearest.column} - {None}
         return frozenset({*used, *map(str, named)})
 
@@ -119,8 +129,8 @@ class PromptRenderer:
         candidates = [self._system, self._template, *(template for _, template in self._turns)]
         return [template for template in candidates if template is not None]
 
-    def render(self, columns: Mapping[str, Any]) -> Prompt:
-        """The prompt of one row.
+    def render(self, columns: Mapping[str, Any], tick: str = "") -> Prompt:
+        """The prompt of one row, planned by the run of ``tick`` if by one.
 
         Raises:
             RowError: the prompt is missing, empty, of the wrong type or too long, or its template failed.
@@ -129,6 +139,8 @@ class PromptRenderer:
             columns = process(self._preprocess, "preprocess", Stage.RENDER, columns)
         if self._constants:
             columns = {**columns, **self._constants}
+        if self._tick_values is not None and tick:
+            columns = {**columns, "tick": self._tick_values(tick)}
         system = None if self._system is None else self._system.render(columns)
         examples = self._examples_for(columns)
         if self._turns:

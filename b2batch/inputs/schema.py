@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from b2batch.errors import InputError, SpecError
-from b2batch.inputs.files import FoundFile
+from b2batch.inputs.files import FoundFile, InputFile
 from b2batch.inputs.kinds import FOREIGN, NULL, Kind, from_field, settle, to_field, unify
 
 
@@ -23,6 +23,13 @@ class SchemaBuilder:
         self._kinds: dict[str, Kind] = {}
         self._fields: dict[str, pa.Field] | None = None
         self._first = ""
+
+    def add(self, file: InputFile, schema: pa.Schema) -> None:
+        """Take in the columns of a scanned file; InputError as ``add_arrow``."""
+        if file.format == "parquet":
+            self.add_arrow(file, schema)
+        else:
+            self.add_json(schema)
 
     def add_json(self, schema: pa.Schema) -> None:
         """Take in the columns of a JSON Lines file."""
@@ -81,6 +88,41 @@ class SchemaBuilder:
                 f"the column {name!r}: {parquet.type} in {self._first} takes no JSON Lines value"
             )
         return field
+
+
+def check_fits(schema: pa.Schema, file: InputFile, found: pa.Schema) -> None:
+    """Refuse a file whose columns are not those of ``schema``, which a growing output has for good.
+
+    JSON Lines may lack columns; Parquet has all of them. Types may be narrower.
+
+    Raises:
+        InputError: names the file and the column.
+    """
+    is_parquet = file.format == "parquet"
+    for name in [*found.names, *(schema.names if is_parquet else ())]:
+        if name not in schema.names or name not in found.names:
+            there, why = ("", "has no column") if name in schema.names else (" not", "has the column")
+            raise InputError(
+                f"{file.uri}: it {why} {name!r}, which is{there} in the output's schema; {_ANEW}"
+            )
+        held = schema.field(name)
+        if not _takes(held, found.field(name), is_parquet):
+            raise InputError(
+                f"{file.uri}: the column {name!r} is {found.field(name).type}, "
+                f"the output's is {held.type}; {_ANEW}"
+            )
+
+
+_ANEW = "an output that grows keeps its schema: choose another output.path, or --overwrite"
+
+
+def _takes(held: pa.Field, found: pa.Field, is_parquet: bool) -> bool:
+    if not is_parquet:
+        return unify(from_field(held), from_field(found)) == from_field(held)
+    try:
+        return bool(SchemaBuilder()._widen(held.name, _plain(held), _plain(found), "").type == held.type)
+    except InputError:
+        return False
 
 
 def _is_integer(field: pa.Field) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,14 +20,23 @@ _END_BYTES = 64 * 1024
 
 
 class HashedFile(io.RawIOBase):
-    """A forward view of a stored file that keeps the sha256 and the count of the bytes it gave."""
+    """A forward view of a stored file that keeps the sha256 and the count of the bytes it gave.
 
-    def __init__(self, file: FoundFile) -> None:
+    It may begin at ``start``, with ``hashed`` the sha256 of what stands before. One that ``is_bounded``
+    ends at the size that the store said, however long the file is by now.
+    """
+
+    def __init__(self, file: FoundFile, start: int = 0, hashed: Any = None, is_bounded: bool = False) -> None:
         filesystem, path = file.locate()
-        self._stored = filesystem.open_input_stream(path, compression=None)
-        self._sha256 = hashlib.sha256()
+        if start:
+            self._stored = filesystem.open_input_file(path)
+            self._stored.seek(start)
+        else:
+            self._stored = filesystem.open_input_stream(path, compression=None)
+        self._sha256 = hashed.copy() if hashed else hashlib.sha256()
         self._file = file
-        self.num_bytes = 0
+        self._is_bounded = is_bounded
+        self.num_bytes = start
 
     def readable(self) -> bool:
         """True: it is a file to read."""
@@ -33,10 +44,18 @@ class HashedFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes as they are stored."""
+        if self._is_bounded:
+            size = (
+                self._file.size - self.num_bytes if size < 0 else min(size, self._file.size - self.num_bytes)
+            )
         block: bytes = self._stored.read(size)
         self._sha256.update(block)
         self.num_bytes += len(block)
         return block
+
+    def hashed(self) -> Any:
+        """A copy of the sha256 object as it is now."""
+        return self._sha256.copy()
 
     def fingerprint(self) -> str:
         """``sha256:…`` of the whole file; InputError when its length is not what the store said."""
@@ -58,30 +77,40 @@ def full_fingerprint(file: FoundFile) -> str:
         return stored.fingerprint()
 
 
+def hash_start(file: FoundFile, num_bytes: int) -> Any:
+    """The sha256 object of the first ``num_bytes`` that are stored."""
+    with HashedFile(replace(file, size=num_bytes), is_bounded=True) as stored:
+        while stored.read(BLOCK_BYTES):
+            pass
+        return stored.hashed()
+
+
 def fast_fingerprint(file: FoundFile) -> str:
     """``fast:…`` over size, time and both ends; a change in the middle shows only by its time."""
     filesystem, path = file.locate()
     digest = hashlib.sha256(f"{file.size} {file.modified} ".encode())
     with filesystem.open_input_file(path) as stored:
-        digest.update(stored.read(_END_BYTES))
-        stored.seek(max(0, file.size - _END_BYTES))
-        digest.update(stored.read(_END_BYTES))
+        num_bytes = min(file.size, _END_BYTES)  # and not what was appended since
+        digest.update(stored.read(num_bytes))
+        stored.seek(file.size - num_bytes)
+        digest.update(stored.read(num_bytes))
     return f"fast:{digest.hexdigest()}"
 
 
 class TextStream:
     """The decompressed bytes of a file, read forward; ``position`` counts those already given.
 
-    With ``hashed`` the stored bytes are hashed as they go by, and the stream cannot move.
+    With ``hashed``, which opens the file as ``HashedFile``, the stored bytes are hashed as they go by, and
+    the stream cannot move.
     """
 
-    def __init__(self, file: FoundFile, hashed: bool = False) -> None:
+    def __init__(self, file: FoundFile, hashed: Callable[[], HashedFile] | None = None) -> None:
         self._compression = compression_of(file)
         self._max_bytes = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * file.size)
         self._file = file
-        self._hashed = HashedFile(file) if hashed else None
+        self._hashed = hashed() if hashed else None
         self._stream = self._open()
-        self.position = 0
+        self.position = self._hashed.num_bytes if self._hashed else 0
 
     def _open(self) -> Any:
         filesystem, path = self._file.locate()

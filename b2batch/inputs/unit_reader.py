@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -46,7 +47,10 @@ class UnitReader:
         file = self._files[unit.file_index]
         if file.fault:
             return file_errors(file, self._schema, unit, file.fault)
-        return retried(lambda: self._read(file, unit), file.uri)
+        found = retried(lambda: self._read(file, unit), file.uri)
+        if not file.tick:
+            return found
+        return replace(found, rows=tuple(replace(row, tick=file.tick) for row in found.rows))
 
     def _read(self, file: InputFile, unit: WorkUnit) -> UnitRows:
         self._look_at(file)

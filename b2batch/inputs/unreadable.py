@@ -25,7 +25,7 @@ def scan_unreadable(file: FoundFile) -> FileScan:
         fingerprint = full_fingerprint(file)
     except (B2BatchError, OSError):
         fingerprint = UNREADABLE
-    return FileScan(1, 0, fingerprint, pa.schema([]), np.array([[1, 0, file.size, 0]], np.int64))
+    return FileScan(1, 0, fingerprint, pa.schema([]), np.array([[0, 1, 0, file.size, 0]], np.int64))
 
 
 def file_errors(file: InputFile, schema: pa.Schema, unit: WorkUnit, error: InputError | str) -> UnitRows:

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 
 from b2batch.errors import DriftError
 from b2batch.inputs.files import FoundFile, InputFile
-from b2batch.inputs.streams import fast_fingerprint, full_fingerprint
+from b2batch.inputs.streams import fast_fingerprint, full_fingerprint, hash_start
 
 
 def stored_version(file: FoundFile) -> str | None:
@@ -42,7 +42,8 @@ def check_unchanged(file: InputFile, known: str) -> str:
     """Compare the file with the plan: at a glance, or by its content where the glance tells nothing.
 
     ``known`` is a version that holds what was planned (at first ``file.etag``); the answer is the
-    version now. A file that was only touched, copied back or linked to is the same file.
+    version now. A file that was only touched, copied back or linked to is the same file; so is one that
+    may grow, and did, behind what was planned.
 
     Raises:
         DriftError: the file was removed, or its content is not what was planned.
@@ -53,16 +54,20 @@ def check_unchanged(file: InputFile, known: str) -> str:
     if version == known:
         return version
     size = int(version.partition(" ")[0])
-    if size != file.size:
+    has_grown = file.is_appendable and size > file.size
+    if size != file.size and not has_grown:
         raise _drift(file, f"{file.size} bytes became {size}")
-    if fingerprint_of(file) != file.fingerprint:
+    if fingerprint_of(file, has_grown) != file.fingerprint:
         raise _drift(file, "it was written since it was planned")
     return version
 
 
-def fingerprint_of(file: InputFile) -> str:
-    """The fingerprint of what stands there now, of the kind that the plan has."""
-    if not file.fingerprint.startswith("fast:"):
+def fingerprint_of(file: InputFile, has_grown: bool = False) -> str:
+    """The fingerprint of what stands there now, of the kind that the plan has; of as much as was planned."""
+    is_fast = file.fingerprint.startswith("fast:")
+    if has_grown:
+        return fast_fingerprint(file) if is_fast else f"sha256:{hash_start(file, file.size).hexdigest()}"
+    if not is_fast:
         return full_fingerprint(file)
     filesystem, path = file.locate()
     return fast_fingerprint(replace(file, modified=str(filesystem.get_file_info(path).mtime_ns or "")))

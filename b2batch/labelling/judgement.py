@@ -26,14 +26,15 @@ def judge(directory: RunDirectory, plan: Plan, spec: JobSpec) -> None:
         metrics = _measure(directory, spec)
         directory.store.put(directory.keys.metrics, encode_document(metrics))
     if spec.review.below is not None:
-        units = {unit.index: unit for unit in plan.units}
+        first = plan.first_unit(plan.generation)  # of a plan that grew, what is new is to be looked at
+        units = {unit.index: unit for unit in plan.units if unit.index >= first}
         with UnitReader(plan.files, plan.schema, spec.input) as reader:
             num_rows = write_review(directory, units, reader, spec)
         logger.info("%d rows need review: %s/%s", num_rows, directory.store.uri, directory.keys.review)
 
 
 def _measure(directory: RunDirectory, spec: JobSpec) -> dict[str, Any]:
-    names = [name for _, name in sorted(directory.part_names().items())]
+    names = [*directory.merged_names(), *(name for _, name in sorted(directory.part_names().items()))]
     tally = Tally([label.name for label in spec.labels] or list(spec.structured_outputs.choice or ()))
     for outcomes in read_outcomes(directory.store, names, spec):
         tally.add(outcomes.gold, outcomes.answer, outcomes.confidence)

@@ -29,12 +29,14 @@ def write_review(
     """Write the rows that need review, with their prompts; how many there are.
 
     ``review/00000.parquet``, ``.jsonl`` and ``.label-studio.json`` under the run's keys, and further
-    numbers for more rows. The prompts are rendered again: the parts do not hold them.
+    numbers for more rows; an incremental run puts its generation before them. The prompts are rendered
+    again: the parts do not hold them.
     """
     num_rows = 0
     tables = _tables_to_review(directory, units, reader, PromptRenderer.of(spec))
     for number, table in enumerate(_in_files(tables)):
-        _write_file(directory, f"{directory.keys.review}/{number:05d}", table, spec)
+        generation = f"{directory.generation.num_plans:04d}-" if spec.input.incremental else ""
+        _write_file(directory, f"{directory.keys.review}/{generation}{number:05d}", table, spec)
         num_rows += table.num_rows
     return num_rows
 
@@ -43,6 +45,8 @@ def _tables_to_review(
     directory: RunDirectory, units: Mapping[int, WorkUnit], reader: UnitReader, renderer: PromptRenderer
 ) -> Iterator[pa.Table]:
     for index, name in sorted(directory.part_names().items()):
+        if index not in units:
+            continue
         with directory.store.open(name) as file:
             table = pq.ParquetFile(file).read()
         marked = table.filter(pc.fill_null(table.column(find_own(table.schema, "needs_review")), False))
@@ -55,7 +59,7 @@ def _tables_to_review(
 
 def _prompt(renderer: PromptRenderer, row: PromptRow) -> str | None:
     try:
-        prompt = renderer.render(row.columns)
+        prompt = renderer.render(row.columns, row.tick)
     except RowError:
         return None  # it rendered once; a template that looks at the clock may not again
     if prompt.text is not None:

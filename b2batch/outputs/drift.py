@@ -21,7 +21,7 @@ def check_drift(found: RunRecord, wanted: RunRecord, where: str) -> None:
     """
     if found.run_id == wanted.run_id:
         return
-    lines = list(diff_values(found.config, wanted.config))
+    lines = diff_config(found, wanted)
     if found.plan_digest != wanted.plan_digest:
         lines += _diff_input(found, wanted)
     if len(lines) > _MAX_LINES:
@@ -32,6 +32,11 @@ def check_drift(found: RunRecord, wanted: RunRecord, where: str) -> None:
         + "\nUndo the change, choose another output.path ({run8} in it gives each run its own), "
         "or replace the old output with --overwrite."
     )
+
+
+def diff_config(found: RunRecord, wanted: RunRecord) -> list[str]:
+    """A line for each setting that differs and decides the result."""
+    return list(diff_values(found.config, wanted.config))
 
 
 def diff_values(old: Any, new: Any, field: str = "") -> Iterator[str]:

@@ -17,14 +17,15 @@ import pyarrow.parquet as pq
 from b2batch.errors import Fenced, IntegrityError
 from b2batch.failpoints import failpoint
 from b2batch.outputs.document import encode_document
-from b2batch.outputs.footer import PartFooter, check_footer, read_footers
+from b2batch.outputs.footer import PartFooter, check_footer, read_footers, read_part_footers
 from b2batch.outputs.generation import latest_generation, parts_of
 from b2batch.outputs.layout import SUCCESS, part_name
+from b2batch.outputs.merge import trim_part
 from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
 from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units, shown_names
 from b2batch.outputs.schema import find_own
 from b2batch.outputs.store import Store
-from b2batch.outputs.success import PartDigest, Success, allowed_errors
+from b2batch.outputs.success import PartDigest, Success, allowed_errors, check_budget
 from b2batch.rows import UnitCounts, WorkUnit
 
 MAX_LISTED_ERRORS = 10_000
@@ -49,11 +50,14 @@ def finalise(
     *,
     num_skipped_blank: int,
     max_error_rate: float,
+    first_unit: int = 0,
 ) -> Success:
     """Check that every planned row stands in a part, then write the error list and ``_SUCCESS``.
 
     Parts that late writers of a replaced run left are removed; other foreign files are reported, never
     counted. A finished run may be finalised again: ``partial`` then follows today's ``max_error_rate``.
+    Of a run that grew, only the units from ``first_unit`` on are held against that: a failed generation
+    is told once. Parts that ``_SUCCESS`` signed for earlier generations are not read again.
 
     Raises:
         IntegrityError: a unit has no part, a part is not its unit's, or rows in and out differ.
@@ -63,12 +67,17 @@ def finalise(
     failpoint("F10")
     if not units:
         _commit_empty_part(directory, schema)
+    remove_superseded(directory)
     _set_foreign_aside(directory)
     accounts = _account_for(directory, units)
     counts = sum((account.counts for account in accounts), UnitCounts())
     num_planned = sum(unit.num_rows for unit in units)
     if counts.num_rows != num_planned:
         raise IntegrityError(f"{num_planned} rows were planned, {counts.num_rows} stand in the parts")
+    budgeted = sum(
+        (f.counts for account in accounts for f in account.footers if f.unit_index >= first_unit),
+        UnitCounts(),
+    )
     failpoint("F11")
     errors = b"".join(islice(_error_lines(directory.store, accounts), MAX_LISTED_ERRORS))
     directory.store.put(directory.keys.errors, errors)
@@ -76,15 +85,40 @@ def finalise(
         run_id=directory.record.run_id,
         counts=counts,
         num_skipped_blank=num_skipped_blank,
-        partial=counts.num_error > allowed_errors(counts.num_rows, max_error_rate),
+        partial=budgeted.num_error > allowed_errors(budgeted.num_rows, max_error_rate),
         parts={account.name: PartDigest(account.sha256, account.counts.num_rows) for account in accounts},
+        generation=directory.generation.num_plans,
     )
     _remove_staged(directory)
     failpoint("F12")
     _write_success(directory, success)
     failpoint("F13")
-    success.check_budget(max_error_rate)
+    check_budget(budgeted, max_error_rate)
     return success
+
+
+def remove_superseded(directory: RunDirectory) -> None:
+    """Take away the rows that those of a later generation replace, once these are committed.
+
+    ``_SUCCESS`` lists the old parts, so it goes first. A merged part with other rows too is written anew
+    without them before it goes: at every moment each row that counts stands in a part.
+    """
+    store = directory.store
+    mixed = {name: read_part_footers(store, name) for name in directory.merged_names()}
+    mixed = {
+        name: footers for name, footers in mixed.items() if len(directory.current(footers)) < len(footers)
+    }
+    single = directory.superseded_names()
+    if mixed or single:
+        store.delete(SUCCESS)
+    for name, footers in mixed.items():
+        kept = directory.current(footers)
+        if kept:
+            trimmed = part_name(kept[0].unit_index, directory.generation.kept[-1])
+            store.put_if_absent(trimmed, trim_part(store.read(name), footers, kept, name))
+        store.delete(name)
+    for name in single:
+        store.delete(name)
 
 
 def _commit_empty_part(directory: RunDirectory, schema: pa.Schema) -> None:
@@ -113,8 +147,11 @@ def _set_foreign_aside(directory: RunDirectory) -> None:
 def _account_for(directory: RunDirectory, units: Sequence[WorkUnit]) -> list[_PartAccount]:
     """What each part holds, in unit order; IntegrityError unless each planned unit stands in one part."""
     planned = planned_units(units)
+    signed = _signed_before(directory)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        merged = list(pool.map(lambda name: _account(directory, name, planned), directory.merged_names()))
+        merged = [
+            *pool.map(lambda name: _account(directory, name, planned, signed), directory.merged_names())
+        ]
         held = {footer.unit_index for account in merged for footer in account.footers}
         there = _without_late_copies(directory, held)
         missing = [part_name(i, directory.record.run8) for i in sorted(planned.keys() - there.keys() - held)]
@@ -125,16 +162,28 @@ def _account_for(directory: RunDirectory, units: Sequence[WorkUnit]) -> list[_Pa
             raise IntegrityError(
                 f"{directory.store.uri}: not in the plan of this run: {shown_names(unplanned)}"
             )
-        single = pool.map(lambda index: _account(directory, there[index], {index: planned[index]}), there)
+        single = pool.map(
+            lambda index: _account(directory, there[index], {index: planned[index]}, signed), there
+        )
         return sorted([*merged, *single], key=lambda account: account.footers[0].unit_index)
 
 
-def _account(directory: RunDirectory, name: str, planned: Mapping[int, WorkUnit]) -> _PartAccount:
-    """What a part holds, every page of it read against its checksum."""
-    data = directory.store.read(name)
-    footers = read_footers(data, name)
+def _signed_before(directory: RunDirectory) -> Mapping[str, PartDigest]:
+    """The parts that were read and signed when an earlier generation was finished."""
+    success = directory.signed()
+    return {} if success is None or success.generation == directory.generation.num_plans else success.parts
+
+
+def _account(
+    directory: RunDirectory, name: str, planned: Mapping[int, WorkUnit], signed: Mapping[str, PartDigest]
+) -> _PartAccount:
+    """What a part holds, every page of it read against its checksum unless that was done before."""
+    data = b"" if name in signed else directory.store.read(name)
+    footers = read_footers(data, name) if data else read_part_footers(directory.store, name)
     for footer in footers:
         check_footer(footer, directory.record.run_id, planned.get(footer.unit_index), name)
+    if not data:
+        return _PartAccount(name, signed[name].sha256, footers)
     check_pages(data, name)
     return _PartAccount(name, hashlib.sha256(data).hexdigest(), footers)
 
@@ -184,6 +233,8 @@ def _write_success(directory: RunDirectory, success: Success) -> None:
     current = latest_generation(directory.store)
     if current is None or current.run_id != directory.record.run_id:
         raise Fenced(f"{directory.store.uri}: run {directory.record.run8} was replaced by another one")
+    if current.num_plans != directory.generation.num_plans:
+        raise Fenced(f"{directory.store.uri}: run {directory.record.run8} was extended by another driver")
     if directory.store.put_if_absent(SUCCESS, document):
         return
     found = directory.success()

@@ -1,8 +1,8 @@
 """What nobody needs any more in an output directory: left by dead attempts, or by runs that were replaced.
 
-Never the parts of the run that the directory holds, nor its record, plan, account and newest lease; nor what
-is younger than a policy says; nor anything while a driver works there; nor a file that is not b2batch's; nor
-what ``verify`` set aside.
+Never the parts of the run that the directory holds, nor its record, newest plan, account and newest lease;
+nor what is younger than a policy says; nor anything while a driver works there; nor a file that is not
+b2batch's; nor what ``verify`` set aside.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ def _min_age_s(key: str, generation: Generation, in_use: set[str], older_than_s:
     """From which age on ``key`` is garbage; None: at none."""
     if not key.startswith(f"{META}/") or key.startswith(f"{QUARANTINE}/"):
         return None
+    run = RunKeys(generation.run8)
+    if run.is_later_plan(key):
+        return None if key == run.later_plan(generation.plan_digest) else older_than_s
     number = parse_generation_key(key)
     if number is not None:
         return older_than_s if number < generation.number else None

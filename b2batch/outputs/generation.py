@@ -1,12 +1,13 @@
 """Which run an output directory holds: ``gen-0001.json`` and its successors, the highest counts.
 
-A directory holds one run. Whatever takes committed parts away (to replace the run, to merge its parts) is
-the next generation: its record, created exclusively, says what is to go, and the removal is done again from
-the start when it was cut short.
+A directory holds one run. Whatever takes committed parts away (to replace the run, to merge its parts) or
+adds to what the run is made from is the next generation: its record, created exclusively, says what is to
+go, and the removal is done again from the start when it was cut short.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -33,6 +34,24 @@ class GenerationKind(StrEnum):
     NEW = "new"
     OVERWRITE = "overwrite"
     COMPACT = "compact"
+    EXTEND = "extend"
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What a plan of an incremental run adds to the one before.
+
+    Attributes:
+        base_digest: of the plan that it goes on from; empty for the first.
+        superseded: half-open ranges of the indexes of units whose rows it replaces.
+        keys: the keys of its rows, to be stored beside the plan.
+        tick: whose run this is; empty for none.
+    """
+
+    base_digest: str = ""
+    superseded: tuple[tuple[int, int], ...] = ()
+    keys: bytes | None = None
+    tick: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,10 @@ class Generation:
     ``replaces`` holds the short ids of all runs before it, the latest last; ``erased`` says that
     nothing that had to go is left. A finished run that is done again replaces itself. ``kept`` are
     further ids, beside the run's own, that stand in the names of its parts: those of its merges.
+
+    Of an incremental run ``num_plans`` says how often its plan was made or extended, which rows tell as
+    their generation; ``plan_digest`` is the plan that counts. The rows of ``superseded`` units (half-open
+    ranges of their indexes) are no longer the run's. ``key_digests`` name the objects that hold keys of rows.
     """
 
     number: int
@@ -50,6 +73,11 @@ class Generation:
     replaces: tuple[str, ...] = ()
     erased: bool = True
     kept: tuple[str, ...] = ()
+    num_plans: int = 1
+    plan_digest: str = ""
+    superseded: tuple[tuple[int, int], ...] = ()
+    key_digests: tuple[str, ...] = ()
+    tick: str = ""
 
     @property
     def run8(self) -> str:
@@ -64,6 +92,34 @@ class Generation:
     def holds(self, part: PartName) -> bool:
         """Whether a part of this name belongs to the run."""
         return part.run8 == self.run8 or part.run8 in self.kept
+
+    def supersedes(self, unit_index: int) -> bool:
+        """Whether the rows of a unit were replaced by those of a later one."""
+        return any(first <= unit_index < stop for first, stop in self.superseded)
+
+    def planned(self, plan_digest: str, extension: Extension) -> Generation:
+        """The generation with the first plan of an incremental run."""
+        keys = () if extension.keys is None else (key_digest(extension.keys),)
+        return replace(self, plan_digest=plan_digest, key_digests=keys, tick=extension.tick)
+
+    def extended(self, plan_digest: str, extension: Extension) -> Generation:
+        """The generation of the same run with a plan that goes on from this one's.
+
+        Merged parts that hold superseded rows are written anew without them, under a further id.
+        """
+        trimmed8 = hashlib.sha256(f"{self.run_id} {plan_digest}".encode()).hexdigest()[:8]
+        keys = () if extension.keys is None else (key_digest(extension.keys),)
+        return replace(
+            self,
+            number=self.number + 1,
+            kind=GenerationKind.EXTEND,
+            kept=(*self.kept, trimmed8) if extension.superseded and self.kept else self.kept,
+            num_plans=self.num_plans + 1,
+            plan_digest=plan_digest,
+            superseded=(*self.superseded, *extension.superseded),
+            key_digests=(*self.key_digests, *keys),
+            tick=extension.tick,
+        )
 
     def successor(self, run_id: str) -> Generation:
         """The generation that puts ``run_id`` in this one's place."""
@@ -91,10 +147,17 @@ class Generation:
                 kind=GenerationKind(fields.pop("kind")),
                 replaces=tuple(fields.pop("replaces")),
                 kept=tuple(fields.pop("kept", ())),
+                superseded=tuple((first, stop) for first, stop in fields.pop("superseded", ())),
+                key_digests=tuple(fields.pop("key_digests", ())),
                 **fields,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"a gen-*.json is damaged: {error}") from error
+
+
+def key_digest(data: bytes) -> str:
+    """By which an object that holds keys of rows is named."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def latest_generation(store: Store) -> Generation | None:

@@ -5,6 +5,8 @@ _SUCCESS                           last
 __b2batch/gen-0001.json            which run this directory holds (highest number)
 __b2batch/1f3a9c7e/run.json        what the run was made from
 __b2batch/1f3a9c7e/plan.parquet    its units
+__b2batch/1f3a9c7e/plan-7c0be41d.parquet  those of a run that grew: the whole plan of its newest generation
+__b2batch/1f3a9c7e/keys-55d0a1f3.parquet  the keys of the rows that one generation added
 __b2batch/1f3a9c7e/epoch/00000003.json    one a driver start
 __b2batch/1f3a9c7e/heartbeat.json  the lease of the newest epoch
 __b2batch/1f3a9c7e/status.json     progress, exit reason
@@ -74,6 +76,19 @@ class RunKeys:
         self.review = f"{self.root}/review"
         self.staging = f"{self.root}/tmp"
         self.merge = f"{self.root}/merge.json"
+        self._later_plans = f"{self.root}/plan-"
+
+    def later_plan(self, digest: str) -> str:
+        """The key of a plan that the run grew to, by its digest."""
+        return f"{self._later_plans}{digest[:8]}.parquet"
+
+    def is_later_plan(self, key: str) -> bool:
+        """Whether ``key`` is that of a plan that the run grew to."""
+        return key.startswith(self._later_plans)
+
+    def row_keys(self, digest: str) -> str:
+        """The key of an object that holds keys of rows, by its content's digest."""
+        return f"{self.root}/keys-{digest[:8]}.parquet"
 
     def epoch(self, number: int) -> str:
         """The key of epoch ``number`` (from 1)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from b2batch.errors import IntegrityError, RunLocked
 from b2batch.outputs.document import encode_document, read_document
-from b2batch.outputs.footer import FOOTER_KEY, encode_footers, read_footers
+from b2batch.outputs.footer import FOOTER_KEY, PartFooter, encode_footers, read_footers
 from b2batch.outputs.generation import Generation, create_generation, settle_generation
 from b2batch.outputs.layout import PART_PREFIX, SUCCESS, RunKeys, parse_part_name, part_name
 from b2batch.outputs.store import Store
@@ -164,6 +164,24 @@ def _merged(store: Store, sources: Mapping[str, str]) -> bytes:
     parts = [_read_signed(store, name, sources[name]) for name in sorted(sources, key=_first_unit)]
     footers = [footer for name, data in parts for footer in read_footers(data, name)]
     tables = [_read_rows(name, data).replace_schema_metadata() for name, data in parts]
+    return _encode_merged(tables, footers)
+
+
+def trim_part(data: bytes, footers: Sequence[PartFooter], kept: Collection[PartFooter], name: str) -> bytes:
+    """A merged part with the rows of the units in ``kept`` alone.
+
+    Raises:
+        IntegrityError: a page of it does not have its checksum.
+    """
+    rows, first, tables = _read_rows(name, data).replace_schema_metadata(), 0, []
+    for footer in footers:
+        if footer in kept:
+            tables.append(rows.slice(first, footer.num_rows))
+        first += footer.num_rows
+    return _encode_merged(tables, [footer for footer in footers if footer in kept])
+
+
+def _encode_merged(tables: Sequence[pa.Table], footers: Sequence[PartFooter]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(
         pa.concat_tables(tables).replace_schema_metadata({FOOTER_KEY: encode_footers(footers)}),

@@ -10,7 +10,7 @@ from typing import Any
 
 from b2batch.errors import OutputError
 from b2batch.outputs.document import read_document
-from b2batch.outputs.generation import Generation, latest_generation
+from b2batch.outputs.generation import Generation, GenerationKind, latest_generation
 from b2batch.outputs.layout import SUCCESS, RunKeys
 from b2batch.outputs.lease import LEASE_TTL_S, newest_owner
 from b2batch.outputs.run import read_success
@@ -33,7 +33,7 @@ class FailureKind:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A run at one moment.
+    """A run at one moment; of an incremental one its newest ``generation``, made for ``tick``.
 
     ``state`` is None when a driver began and was not heard of since; ``is_silent``: it should be
     running, but its driver is gone or has not been heard of for longer than the lease lasts.
@@ -64,6 +64,8 @@ class Overview:
     exit_code: int | None = None
     reason: str = ""
     num_skipped_blank: int | None = None
+    generation: int = 1
+    tick: str = ""
     failures: tuple[FailureKind, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ def overview(store: Store, now: datetime) -> Overview:
         raise OutputError(f"{store.uri} holds no b2batch run")
     status = read_status(store)
     view = Overview(store.uri, generation.run_id, None) if status is None else _of_status(store, status, now)
+    view = replace(view, generation=generation.num_plans, tick=generation.tick)
     success = read_success(store, generation)
     if success is None:
         return view if view.state is not RunState.SUCCEEDED else replace(view, reason=_unsigned(generation))
@@ -98,6 +101,8 @@ def overview(store: Store, now: datetime) -> Overview:
 
 def _unsigned(generation: Generation) -> str:
     """Why a run that had succeeded is not signed any more."""
+    if generation.num_plans > 1 and generation.kind is GenerationKind.EXTEND:
+        return f"generation {generation.num_plans} was begun: the same run command goes on"
     if generation.is_merging:
         return "a compaction was cut short: `b2batch compact` or the same run command completes it"
     return f"{SUCCESS} was removed, as by `verify --repair`: the same run command makes what is missing"

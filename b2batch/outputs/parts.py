@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -92,7 +93,7 @@ def encode_part(
         worker_id=origin.worker_id,
         provenance=origin.provenance,
     )
-    table = _build_table(ordered, columns, schema)
+    table = _build_table(ordered, columns, schema, _common_values(origin.file))
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata({FOOTER_KEY: footer.to_bytes()}),
@@ -161,8 +162,19 @@ def _counts_of(result: ResultRow) -> UnitCounts:
     )
 
 
-def _build_table(results: Sequence[ResultRow], columns: pa.Table, schema: pa.Schema) -> pa.Table:
-    records = [_record(result) for result in results]
+def _common_values(file: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in each row of a part of an incremental run."""
+    tick = file.get("tick")
+    return {
+        "generation": file.get("generation"),
+        "tick": datetime.fromisoformat(tick) if tick else None,
+    }
+
+
+def _build_table(
+    results: Sequence[ResultRow], columns: pa.Table, schema: pa.Schema, common: Mapping[str, Any]
+) -> pa.Table:
+    records = [{**_record(result), **common} for result in results]
     arrays = []
     for field in schema:
         name = own_name(field)

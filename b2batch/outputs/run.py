@@ -5,17 +5,24 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Self
 
-from b2batch.errors import IntegrityError, OutputError, RunLocked
+from b2batch.errors import IntegrityError, OutputError, PlanOutdated, RunLocked
 from b2batch.failpoints import failpoint
 from b2batch.outputs.document import encode_document, read_document
-from b2batch.outputs.drift import check_drift, diff_values
-from b2batch.outputs.footer import check_footer, read_part_footers
-from b2batch.outputs.generation import Generation, create_generation, erase_replaced, latest_generation
+from b2batch.outputs.drift import check_drift, diff_config, diff_values
+from b2batch.outputs.footer import PartFooter, check_footer, read_part_footers
+from b2batch.outputs.generation import (
+    Extension,
+    Generation,
+    create_generation,
+    erase_replaced,
+    key_digest,
+    latest_generation,
+)
 from b2batch.outputs.layout import META, PART_PREFIX, SUCCESS, RunKeys, parse_part_name
 from b2batch.outputs.lease import Epoch, take_epoch
 from b2batch.outputs.merge import complete_merge
@@ -47,10 +54,13 @@ class RunDirectory:
         record: RunRecord,
         plan: bytes,
         *,
+        extension: Extension | None = None,
         overwrite: bool = False,
         allow_foreign: bool = False,
     ) -> Self:
         """Start the run that ``record`` describes, or go on with it. A finished run is only read.
+
+        An ``extension``, of an incremental run, makes ``plan`` the one that counts from now on.
 
         ``overwrite`` replaces another run, and does a finished one again; an unfinished run of the same
         identity is gone on with all the same, so that a crashed overwrite can be repeated. Files that
@@ -63,25 +73,32 @@ class RunDirectory:
         Raises:
             DriftError: the directory holds a run of another input or config; says what differs.
             OutputError: it cannot be written, or holds files of no run and ``allow_foreign`` is not set.
-            RunLocked: the run to be replaced has a live driver.
+            RunLocked: the run to be replaced or extended has a live driver.
+            PlanOutdated: an incremental run was begun or extended by another driver since it was planned.
         """
         current = latest_generation(store)
         if current is None:
             if not allow_foreign:
                 _refuse_foreign(store)
             store.probe()
-            _write_run(store, record, plan)
-            create_generation(store, Generation(1, record.run_id))
+            _write_run(store, record, plan, extension)
+            create_generation(store, _begun(Generation(1, record.run_id), record, extension))
             return cls.open(store, record, plan)  # another driver may have been first: its run decides
         is_same = current.run_id == record.run_id
         is_finished = _is_finished(store, current, may_be_damaged=overwrite)
-        if overwrite and (is_finished or not is_same):
-            _replace(store, current, record, plan)
+        is_later = extension is not None and bool(extension.base_digest)
+        if overwrite and (is_finished or not is_same) and not is_later:
+            _replace(store, current, record, plan, extension)
             return cls.open(store, record, plan)
         if not is_same:
-            check_drift(_read_record(store, current), record, store.uri)
+            found = _read_record(store, current)
+            if extension is not None and not diff_config(found, record):
+                raise PlanOutdated(f"{store.uri}: another driver began run {current.run8} meanwhile")
+            check_drift(found, record, store.uri)
         if not is_finished:
-            _resume(store, current, record, plan)
+            _resume(store, current, record, plan, extension)
+        if extension is not None and is_later:
+            _extend(store, record, plan, extension)
         return cls(store, record, latest_generation(store) or current)
 
     @classmethod
@@ -96,18 +113,42 @@ class RunDirectory:
         """Become this run's driver; see ``lease.take_epoch``."""
         return take_epoch(self.store, self.record.run8, job_id, takeover)
 
+    @property
+    def plan_digest(self) -> str:
+        """The digest of the plan that counts."""
+        return self.generation.plan_digest or self.record.plan_digest
+
     def read_plan(self) -> bytes:
-        """The content of ``plan.parquet``."""
-        return self.store.read(self.keys.plan)
+        """The content of the plan that counts."""
+        return self.store.read(_plan_key(self.generation))
+
+    def read_keys(self) -> Iterator[bytes]:
+        """What earlier plans of an incremental run stored as keys of their rows."""
+        return (self.store.read(self.keys.row_keys(digest)) for digest in self.generation.key_digests)
 
     def success(self) -> Success | None:
         """What ``_SUCCESS`` says of this run, or None while it is not finished."""
         return read_success(self.store, self.generation)
 
+    def signed(self) -> Success | None:
+        """What ``_SUCCESS`` says of this run, be it of an earlier generation of it; None without one."""
+        try:
+            success = Success.from_document(read_document(self.store, SUCCESS))
+        except (FileNotFoundError, IntegrityError):
+            return None
+        return success if success.run_id == self.record.run_id else None
+
     def part_names(self) -> dict[int, str]:
         """Unit index → name of each part of one unit of this run that is there, by one listing."""
+        return {index: key for index, key in self._single_parts() if not self.generation.supersedes(index)}
+
+    def superseded_names(self) -> list[str]:
+        """The names of the parts of one unit whose rows were replaced by those of a later one."""
+        return [key for index, key in self._single_parts() if self.generation.supersedes(index)]
+
+    def _single_parts(self) -> Iterator[tuple[int, str]]:
         names = ((key, parse_part_name(key)) for key, _ in self.store.list(PART_PREFIX))
-        return {name.unit_index: key for key, name in names if name and name.run8 == self.record.run8}
+        return ((name.unit_index, key) for key, name in names if name and name.run8 == self.record.run8)
 
     def merged_names(self) -> list[str]:
         """The names of the parts that compactions made, in the order of their units."""
@@ -120,8 +161,9 @@ class RunDirectory:
 
     def num_committed(self) -> int:
         """How many units are committed, by the names of the parts and the footers of merged ones."""
-        merged = sum(len(read_part_footers(self.store, name)) for name in self.merged_names())
-        return merged + len(self.part_names())
+        merged = (footer for name in self.merged_names() for footer in read_part_footers(self.store, name))
+        held = {footer.unit_index for footer in merged if not self.generation.supersedes(footer.unit_index)}
+        return len(held | self.part_names().keys())
 
     def committed_units(self, units: Sequence[WorkUnit]) -> dict[int, UnitCounts]:
         """What is committed of the planned ``units``: unit index → counts. Reads footers only.
@@ -142,12 +184,16 @@ class RunDirectory:
 
     def _merged_units(self, name: str, planned: Mapping[int, WorkUnit]) -> dict[int, UnitCounts]:
         try:
-            footers = read_part_footers(self.store, name)
+            footers = self.current(read_part_footers(self.store, name))
             for footer in footers:
                 check_footer(footer, self.record.run_id, planned.get(footer.unit_index), name)
         except IntegrityError as error:
             raise _advised(error) from error
         return {footer.unit_index: footer.counts for footer in footers}
+
+    def current(self, footers: Iterable[PartFooter]) -> list[PartFooter]:
+        """Those of a merged part's footers whose rows were not replaced."""
+        return [footer for footer in footers if not self.generation.supersedes(footer.unit_index)]
 
     def find_part(self, unit: WorkUnit) -> UnitReport | None:
         """The receipt of ``unit`` when it is committed, whoever committed it; else None.
@@ -196,7 +242,7 @@ def read_success(store: Store, generation: Generation) -> Success | None:
     except FileNotFoundError:
         return None
     if success.run_id == generation.run_id:
-        return success
+        return success if success.generation == generation.num_plans else None
     if success.run_id[:8] in generation.replaces:
         return None
     raise IntegrityError(
@@ -264,7 +310,22 @@ def _read_record(store: Store, generation: Generation) -> RunRecord:
         ) from None
 
 
-def _write_run(store: Store, record: RunRecord, plan: bytes) -> None:
+def _plan_key(generation: Generation) -> str:
+    keys = RunKeys(generation.run8)
+    return keys.plan if generation.num_plans == 1 else keys.later_plan(generation.plan_digest)
+
+
+def _begun(generation: Generation, record: RunRecord, extension: Extension | None) -> Generation:
+    """The generation with which a run begins."""
+    return generation if extension is None else generation.planned(record.plan_digest, extension)
+
+
+def _put_keys(store: Store, run8: str, extension: Extension | None) -> None:
+    if extension is not None and extension.keys is not None:
+        store.put_if_absent(RunKeys(run8).row_keys(key_digest(extension.keys)), extension.keys)
+
+
+def _write_run(store: Store, record: RunRecord, plan: bytes, extension: Extension | None) -> None:
     """Write ``run.json`` and the plan unless they stand there; the generation that names them comes after."""
     keys = RunKeys(record.run8)
     failpoint("F1")
@@ -274,12 +335,17 @@ def _write_run(store: Store, record: RunRecord, plan: bytes) -> None:
         for line in diff_values(found.provenance, record.provenance):
             _log.warning("this run was begun with another environment, bits may differ: %s", line)
     failpoint("F2")
-    store.put_if_absent(keys.plan, plan)
+    if extension is None or not extension.base_digest:
+        store.put_if_absent(keys.plan, plan)
+        _put_keys(store, record.run8, extension)
 
 
-def _resume(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:
+def _resume(
+    store: Store, current: Generation, record: RunRecord, plan: bytes, extension: Extension | None
+) -> None:
     store.probe()
-    _write_run(store, record, plan)
+    if current.num_plans == 1:
+        _write_run(store, record, plan, extension)
     if current.is_merging:
         with take_epoch(store, current.run8) as epoch:
             finish_merge(store, epoch)
@@ -295,12 +361,33 @@ def finish_merge(store: Store, epoch: Epoch) -> None:
         complete_merge(store, generation, epoch.beat)
 
 
-def _replace(store: Store, current: Generation, record: RunRecord, plan: bytes) -> None:
+def _extend(store: Store, record: RunRecord, plan: bytes, extension: Extension) -> None:
+    """Make ``plan`` the one that counts, under the run's lease. ``_SUCCESS`` stays: it is of the rows before.
+
+    Nothing is seen of a plan until the generation names it: whoever is cut short before has changed nothing.
+    """
+    store.probe()
+    with take_epoch(store, record.run8):
+        current = latest_generation(store)  # read again under the lease: others may have been here
+        if current is None or current.run_id != record.run_id:
+            raise PlanOutdated(f"{store.uri}: run {record.run8} was replaced meanwhile")
+        if current.plan_digest != extension.base_digest or not current.erased:
+            raise PlanOutdated(f"{store.uri}: run {record.run8} was changed by another command meanwhile")
+        extended = current.extended(record.plan_digest, extension)
+        store.put_if_absent(_plan_key(extended), plan)
+        _put_keys(store, record.run8, extension)
+        if not create_generation(store, extended):
+            raise PlanOutdated(f"{store.uri}: run {record.run8} is being changed by another command")
+
+
+def _replace(
+    store: Store, current: Generation, record: RunRecord, plan: bytes, extension: Extension | None
+) -> None:
     """Put ``record`` in the place of the current run, under that run's own lease: nobody else works on it."""
     store.probe()
     with take_epoch(store, current.run8) as epoch:
-        _write_run(store, record, plan)
-        if not create_generation(store, current.successor(record.run_id)):
+        _write_run(store, record, plan, extension)
+        if not create_generation(store, _begun(current.successor(record.run_id), record, extension)):
             raise RunLocked(f"{store.uri}: another driver is replacing run {current.run8}")
         _erase(store, epoch)
 

@@ -41,6 +41,7 @@ _SCORED = {
     "is_greedy": pa.bool_(),
     "perplexity": pa.float64(),
 }
+_GROWN = {"generation": pa.int32(), "tick": pa.timestamp("ms", "UTC")}
 _POSTPROCESSED = {
     "string": pa.string(),
     "int64": pa.int64(),
@@ -65,6 +66,8 @@ def own_columns(spec: JobSpec, hidden_size: int = 0) -> dict[str, pa.DataType]:
     columns |= _task_columns(spec, hidden_size)
     if spec.review.below is not None:
         columns["needs_review"] = pa.bool_()
+    if spec.input.incremental:
+        columns |= _GROWN
     for name, type_ in spec.postprocess.columns.items():
         if name in columns or name == "error":
             raise SpecError(f"postprocess.columns: b2batch itself writes a column {name!r}")

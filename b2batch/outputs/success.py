@@ -17,6 +17,17 @@ def allowed_errors(num_rows: int, max_error_rate: float) -> int:
     return max(_MIN_ALLOWED_ERRORS, int(num_rows * max_error_rate)) if max_error_rate else 0
 
 
+def check_budget(counts: UnitCounts, max_error_rate: float) -> None:
+    """Raise ErrorBudgetExceeded when more rows failed than ``max_error_rate`` allows."""
+    allowed = allowed_errors(counts.num_rows, max_error_rate)
+    if counts.num_error > allowed:
+        raise ErrorBudgetExceeded(
+            f"{counts.num_error} of {counts.num_rows} rows failed, {allowed} are allowed "
+            f"(errors.max_error_rate {max_error_rate:g}); the output is complete, "
+            "and the failed rows stand in it with status = error"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PartDigest:
     """A committed part as ``_SUCCESS`` lists it."""
@@ -27,23 +38,18 @@ class PartDigest:
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """What a finished run holds. ``partial`` says that more rows failed than were allowed."""
+    """What a finished run holds. ``partial`` says that more rows failed than were allowed.
+
+    ``generation`` is the newest one of whose rows it gives account: a run that grows is finished when it
+    is the newest of all. Until then it stands for the rows of all generations before.
+    """
 
     run_id: str
     counts: UnitCounts
     num_skipped_blank: int
     partial: bool
     parts: Mapping[str, PartDigest]
-
-    def check_budget(self, max_error_rate: float) -> None:
-        """Raise ErrorBudgetExceeded when more rows failed than ``max_error_rate`` allows."""
-        allowed = allowed_errors(self.counts.num_rows, max_error_rate)
-        if self.counts.num_error > allowed:
-            raise ErrorBudgetExceeded(
-                f"{self.counts.num_error} of {self.counts.num_rows} rows failed, {allowed} are allowed "
-                f"(errors.max_error_rate {max_error_rate:g}); the output is complete, "
-                "and the failed rows stand in it with status = error"
-            )
+    generation: int = 1
 
     def to_document(self) -> dict[str, Any]:
         """The content of ``_SUCCESS``."""
@@ -54,6 +60,7 @@ class Success:
             "tokens": {"input": counts.num_input_tokens, "generated": counts.num_generated_tokens},
             "skipped_blank": self.num_skipped_blank,
             "partial": self.partial,
+            "generation": self.generation,
             "parts": {
                 name: {"sha256": part.sha256, "rows": part.num_rows} for name, part in self.parts.items()
             },
@@ -71,6 +78,7 @@ class Success:
                 ),
                 num_skipped_blank=document["skipped_blank"],
                 partial=document["partial"],
+                generation=document.get("generation", 1),
                 parts={
                     name: PartDigest(part["sha256"], part["rows"]) for name, part in document["parts"].items()
                 },

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from b2batch.errors import IntegrityError, StorageError
 from b2batch.outputs.footer import PartFooter, check_footer, read_footers
 from b2batch.outputs.layout import QUARANTINE, SUCCESS, parse_part_name, part_name
+from b2batch.outputs.merge import trim_part
 from b2batch.outputs.parts import planned_row_ids
 from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units
 from b2batch.outputs.schema import find_own
@@ -93,13 +94,15 @@ def verify(
     held = Counter(footer.unit_index for finding in findings for footer in finding.footers)
     missing = _missing(directory, planned, held, names)
     late = _late_copies(directory, held)
+    superseded = directory.superseded_names() if success is not None else []
     foreign = directory.foreign_files()
     strays = [key for key in foreign if parse_part_name(key)]
     problems += [f"{name}: missing" for name in missing]
     problems += [f"{name}: its rows stand in a merged part too" for name in late]
+    problems += [f"{name}: its rows were replaced by those of a later generation" for name in superseded]
     problems += _account_problems(directory, findings, success, strays)
-    bad = {finding.name for finding in findings if finding.problems}.union(late)
-    is_broken = bool(bad or missing) or (success is None and directory.store.exists(SUCCESS))
+    bad = {finding.name for finding in findings if finding.problems}.union(late, superseded)
+    is_broken = bool(bad or missing) or (success is None and _is_damaged(directory))
     return VerifyReport(
         num_parts=len(findings),
         num_rows=sum(finding.counts.num_rows for finding in findings),
@@ -114,11 +117,20 @@ def _read_success(directory: RunDirectory) -> tuple[Success | None, list[str]]:
     """What ``_SUCCESS`` says, and what is wrong with it."""
     if directory.generation.is_merging:
         return None, [_CUT_SHORT]
+    signed = directory.signed()
+    if signed is not None and signed.generation < directory.generation.num_plans:
+        newest = directory.generation.num_plans
+        return None, [f"generation {newest} is not finished; {SUCCESS} is of the {signed.generation} before"]
     try:
         success = directory.success()
     except IntegrityError as error:
         return None, [str(error)]
     return success, [] if success else [f"{SUCCESS} is missing: the run is not finished"]
+
+
+def _is_damaged(directory: RunDirectory) -> bool:
+    """Whether ``_SUCCESS`` is there and not this run's, of whatever generation."""
+    return directory.signed() is None and directory.store.exists(SUCCESS)
 
 
 def _examine_part(
@@ -131,7 +143,12 @@ def _examine_part(
 ) -> _PartFinding:
     try:
         data = directory.store.read(name)
-        footers = read_footers(data, name)
+        written = read_footers(data, name)
+        footers = tuple(directory.current(written))
+        if not footers:
+            return _PartFinding(name, (), ())
+        if len(footers) < len(written):  # what was replaced is not taken out yet: the rest is examined
+            data = trim_part(data, written, footers, name)
         units = [_planned_unit(directory, footer, planned, name) for footer in footers]
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         table.validate(full=True)

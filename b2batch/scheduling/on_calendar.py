@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from b2batch.scheduling.cron import CronExpression, ranges
+from b2batch.ticks.cron import CronExpression, ranges
 
 _WEEKDAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from b2batch.scheduling.cron import CronExpression
+from b2batch.ticks.cron import CronExpression
 
 _MOST_NAME_CHARS = 40  # KubeRay and CronJob append to it, and 63 are the limit
 _LEAST_WARNING_S = 120

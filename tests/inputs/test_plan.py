@@ -57,8 +57,8 @@ def test_units_hold_every_row_once_in_order(
             rows.append((position, position + size, blanks))
         position += size
     spans = cutter.spans().tolist()
-    assert cutter.num_rows == len(rows) == sum(num_rows for num_rows, *_ in spans)
-    for num_rows, start, stop, num_blank_before in spans:
+    assert cutter.num_rows == len(rows) == sum(num_rows for _, num_rows, *_ in spans)
+    for _, num_rows, start, stop, num_blank_before in spans:
         mine, rows = rows[:num_rows], rows[num_rows:]
         assert (start, stop, num_blank_before) == (mine[0][0], mine[-1][1], mine[0][2])
         weight = stop - start + num_rows * answer_tokens * TOKEN_WEIGHT
@@ -67,8 +67,8 @@ def test_units_hold_every_row_once_in_order(
 
 @given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 30))
 def test_a_limit_keeps_the_first_rows(sizes: list[int], limit: int) -> None:
-    spans = np.array([[size, 0, 0, 0] for size in sizes], np.int64).reshape(-1, 4)
-    kept = limit_spans(spans, limit)[:, 0].tolist()
+    spans = np.array([[0, size, 0, 0, 0] for size in sizes], np.int64).reshape(-1, 5)
+    kept = limit_spans(spans, limit)[:, 1].tolist()
     assert sum(kept) == min(limit, sum(sizes))
     assert kept[:-1] == sizes[: len(kept)][:-1]
     assert all(kept)

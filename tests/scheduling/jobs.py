@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from b2batch.scheduling.cron import parse_cron
+from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.manifest import Kind, render
 from b2batch.scheduling.scheduled_job import Machines, ScheduledJob
 

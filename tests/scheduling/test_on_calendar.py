@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 
-from b2batch.scheduling.cron import parse_cron
+from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.on_calendar import on_calendar
 
 EXPRESSIONS = {

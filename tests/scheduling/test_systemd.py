@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from b2batch.scheduling.cron import parse_cron
+from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.manifest import Kind
 
 from .jobs import JOB, NASTY, rendered, with_arguments

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from b2batch.errors import CallerError
-from b2batch.scheduling.cron import parse_cron, ranges
+from b2batch.ticks.cron import parse_cron, ranges
 
 START = datetime(2026, 11, 23, 12, 30)
 LIMITS = [(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)]

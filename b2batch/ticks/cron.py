@@ -10,7 +10,7 @@ from itertools import islice
 
 from cronsim import CronSim, CronSimError
 
-from b2batch.errors import CallerError
+from b2batch.errors import SpecError
 
 _STEPS = re.compile(r"\*/\d+")
 _NUM_WEEKDAYS = 7  # Sunday is 0; cron takes 7 for it too, Kubernetes does not
@@ -30,39 +30,44 @@ class CronExpression:
     weekdays: frozenset[int]
     is_either_day: bool  # both days and weekdays are restricted: one of them is enough, as in cron
 
+    def times(self, after: datetime) -> Iterator[datetime]:
+        """The starts later than ``after``, in its time zone."""
+        yield from CronSim(self.text, after)
+
     def next_times(self, after: datetime, number: int) -> list[datetime]:
-        """The next starts, later than ``after`` and in its time zone."""
-        return list(islice(CronSim(self.text, after), number))
+        """The first ``number`` of ``times``."""
+        return list(islice(self.times(after), number))
 
     def is_full(self, field: str) -> bool:
         """Whether all values of ``minutes``, ``hours``, … are meant."""
         return len(getattr(self, field)) == _FULL[field]
 
 
-def parse_cron(text: str) -> CronExpression:
-    """Read ``minute hour day month weekday``.
+def parse_cron(text: str, where: str = "--cron") -> CronExpression:
+    """Read ``minute hour day month weekday``; ``where`` is the setting or option that it stands in.
 
     Raises:
-        CallerError: it is none, never comes, or cron, Kubernetes and Airflow read it differently.
+        SpecError: it is none, never comes, or cron, Kubernetes and Airflow read it differently.
     """
     fields = text.split()
     if len(fields) != len(_FULL):
         raise _refusal(
-            text, f"{len(fields)} fields; five are needed: minute hour day month weekday, '0 2 * * *'"
+            where, text, f"{len(fields)} fields; five are needed: minute hour day month weekday, '0 2 * * *'"
         )
     try:
         read = CronSim(text, _START)
         next(read)
     except CronSimError as error:
-        raise _refusal(text, str(error)) from error
+        raise _refusal(where, text, str(error)) from error
     except StopIteration:
-        raise _refusal(text, "there is no such day") from None
-    _refuse_dialect(text, read)
+        raise _refusal(where, text, "there is no such day") from None
+    _refuse_dialect(where, text, read)
     found = (read.minutes, read.hours, read.days, read.months, {_weekday(item) for item in read.weekdays})
     values = dict(zip(_FULL, map(frozenset, found), strict=True))
     is_either_day = fields[2] != "*" and fields[4] != "*"
     if is_either_day and _is_read_differently(fields, values):
         raise _refusal(
+            where,
             text,
             "a day and a weekday, one of them with * or with all values: cron, Kubernetes and Airflow "
             "differ over it; name the days, or restrict only one of the two",
@@ -83,14 +88,14 @@ def ranges(values: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def _refusal(text: str, reason: str) -> CallerError:
-    return CallerError(f"--cron {text!r}: {reason}")
+def _refusal(where: str, text: str, reason: str) -> SpecError:
+    return SpecError(f"{where} {text!r}: {reason}")
 
 
-def _refuse_dialect(text: str, read: CronSim) -> None:
+def _refuse_dialect(where: str, text: str, read: CronSim) -> None:
     """Refuse the last day, the last Friday, the second Monday, which cron itself does not know."""
     if min(read.days) < 0 or any(isinstance(item, tuple) for item in read.weekdays):
-        raise _refusal(text, "L, LW and # are read by some schedulers only; write the days as numbers")
+        raise _refusal(where, text, "L, LW and # are read by some schedulers only; write the days as numbers")
 
 
 def _weekday(item: object) -> int:
