@@ -30,7 +30,7 @@ FORCED = {130, 143}  # what a second signal ends with: 128 + its number
 
 JOB_OF_ALL_COLUMNS: dict[str, Any] = {
     "model": {"model": "owner/name"},
-    "input": {"path": "rows.jsonl"},
+    "input": {"path": "rows.jsonl", "incremental": True},
     "prompt": {"column": "text", "on_too_long": "truncate_left"},
     "sampling": {"n": 2, "logprobs": 1},
     "output": {"path": "out"},
@@ -158,7 +158,12 @@ def test_verbs_are_those_of_the_command(readme: Path) -> None:
 def test_options_that_are_named_exist(readme: Path) -> None:
     app = importlib.import_module("b2batch.cli.main").app
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    known = {option for command in commands.values() for p in command.params for option in p.opts}
+    known = {
+        option
+        for command in commands.values()
+        for p in command.params
+        for option in (*p.opts, *p.secondary_opts)
+    }
 
     named = set(re.findall(r"`(--?[a-z][a-z-]*)", readme.read_text(encoding="utf-8")))
 

@@ -71,7 +71,7 @@ def test_ticks_of_a_day_with_an_hour_twice_are_each_there_once() -> None:
 def test_paths_name_a_tick_in_its_own_zone() -> None:
     due = latest_tick(parse_cron("0 2 * * *"), ZoneInfo("Asia/Shanghai"), datetime(2026, 3, 1, 1, tzinfo=UTC))
     filled = due.fill(
-        "in/{{ tick.previous.date }}/{{tick.year}}{{ tick.month }}{{ tick.day }}-{{ tick.hour }}{{tick.minute}}",
+        "in/{{ tick.previous.date }}/{{tick.year}}{{tick.month}}{{tick.day}}-{{tick.hour}}{{tick.minute}}",
         "input.path",
     )
     assert filled == "in/2026-02-28/20260301-0200"
