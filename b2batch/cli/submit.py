@@ -62,6 +62,12 @@ def submit(
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Do not wait for another driver's lease to end.")
     ] = False,
+    wait_lock: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.0, help="As for run: wait for another driver.")
+    ] = None,
+    tick: Annotated[
+        str | None, typer.Option(metavar="INSTANT|auto", help="As for run: whose run it is.")
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -74,6 +80,8 @@ def submit(
     values = {"input.path": paths, "output.path": output, "input.limit": limit}
     spec = read_job(job, config, overrides, values)
     flags = [flag for flag, given in (("--overwrite", overwrite), ("--takeover", takeover)) if given]
+    flags += [] if wait_lock is None else ["--wait-lock", f"{wait_lock:g}"]
+    flags += [] if tick is None else ["--tick", tick]
     environment = _read_environment(runtime_env, spec)
     command, content = _command(spec, job or config or Path(), overrides or [], working_dir)
     from b2batch.cluster.submission import JobRequest, check_unused, next_id, submission_base
@@ -84,7 +92,7 @@ def submit(
     if submission_id is not None:
         check_unused(submission_id, known)
     request = JobRequest(
-        submission_id=submission_id or next_id(submission_base(spec), known),
+        submission_id=submission_id or next_id(submission_base(spec, tick), known),
         entrypoint=f"exec {shlex.join([*command, *flags])}",
         working_dir=content,
         runtime_env=environment,

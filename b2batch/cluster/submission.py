@@ -101,13 +101,17 @@ class JobsClient(Protocol):
         """Ask it to drain."""
 
 
-def submission_base(spec: JobSpec) -> str:
-    """The id of a job's first submission: its name, and a digest of what it makes out of what, and where."""
+def submission_base(spec: JobSpec, tick: str | None = None) -> str:
+    """The id of a job's first submission: its name, and a digest of what it makes out of what, and where.
+
+    ``tick`` as it is given: jobs for two instants are two, those for whichever is due are one.
+    """
     identity = {
         "output": absolute_path(spec.output.path),
         "input": absolute_paths(spec.input.path),
         "limit": spec.input.limit,
         "config": spec.result_config(),
+        "tick": tick,
     }
     return f"{spec.name}-{config_digest(identity)[:8]}"
 
@@ -211,10 +215,14 @@ def end_line(logs: str) -> dict[str, Any] | None:
     return None
 
 
-def run8_of(logs: str) -> str | None:
-    """The short id of the run that a driver works on, once its log names it."""
-    found = _RUN_LINE.findall(logs)
-    return found[-1] if found else None
+def output_of(job: SubmittedJob, logs: str) -> str | None:
+    """The directory of the run that a job works on, None until its log tells what the path leaves open."""
+    run = (end_line(logs) or {}).get("run")
+    if run:
+        return str(run["output"])
+    named = _RUN_LINE.findall(logs)
+    output = job.output.replace("{run8}", named[-1] if named else "{run8}")
+    return None if not output or "{run8}" in output or "{{" in output else output
 
 
 def exit_code_of(job: SubmittedJob, end: Mapping[str, Any] | None) -> int:

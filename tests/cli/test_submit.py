@@ -49,7 +49,9 @@ def sent_job(cluster: FakeJobs) -> dict[str, dict[str, object]]:
 
 
 def test_a_submitted_job_is_the_whole_job(cluster: FakeJobs, job: Path, tmp_path: Path) -> None:
-    said = b2batch("submit", job, "--set", "sampling.seed=7", "-n", "1", "--overwrite", "--json")
+    said = b2batch(
+        "submit", job, "--set", "sampling.seed=7", "-n", "1", "--overwrite", "--json", "--tick", "auto"
+    )
 
     assert said.exit_code == 0, said.output
     [request] = cluster.requests
@@ -58,7 +60,7 @@ def test_a_submitted_job_is_the_whole_job(cluster: FakeJobs, job: Path, tmp_path
         "address": URL,
         "output": str(tmp_path / "out"),
     }
-    assert request.entrypoint == f"exec b2batch run {JOB_FILE} --overwrite"
+    assert request.entrypoint == f"exec b2batch run {JOB_FILE} --overwrite --tick auto"
     assert (sent_job(cluster)["sampling"]["seed"], sent_job(cluster)["input"]["limit"]) == (7, 1)
 
 

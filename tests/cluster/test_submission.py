@@ -19,7 +19,7 @@ from b2batch.cluster.submission import (
     exit_code_of,
     explain_end,
     next_id,
-    run8_of,
+    output_of,
     submission_base,
     wait,
 )
@@ -67,8 +67,10 @@ def test_the_same_job_has_the_same_id() -> None:
         submission_base(job_spec(output={"path": "elsewhere"})),
         submission_base(job_spec(input={"path": "other.jsonl"})),
         submission_base(job_spec(sampling={"max_tokens": 7})),
+        submission_base(job_spec(), "auto"),
+        submission_base(job_spec(), "2026-11-23T02:00"),
     ]
-    assert len({base, *others}) == 4
+    assert len({base, *others}) == 6
     assert base.startswith("label-")
 
 
@@ -134,10 +136,22 @@ def test_a_log_tells_the_run_and_the_end() -> None:
     )
 
     assert end_line(log) == {"exit_code": 3, "reason": "x"}
-    assert run8_of(log) == "1f3a9c7e"
     assert end_line('{"exit_code": 3, "rea') is None
     assert end_line("") is None
-    assert run8_of("") is None
+
+
+def test_the_log_tells_an_output_that_its_path_leaves_open() -> None:
+    fixed, named = (
+        SubmittedJob("x", JobState.RUNNING, "/out"),
+        SubmittedJob("x", JobState.RUNNING, "/o/{run8}"),
+    )
+    daily = SubmittedJob("x", JobState.RUNNING, "/out/{{ tick.date }}")
+    begun = "INFO run 1f3a9c7e epoch 2: 3 rows in 1 units\n"
+    ended = '{"exit_code": 0, "run": {"output": "/out/2026-11-23"}}\n'
+
+    assert [output_of(job, "") for job in (fixed, named, daily)] == ["/out", None, None]
+    assert [output_of(job, begun) for job in (fixed, named, daily)] == ["/out", "/o/1f3a9c7e", None]
+    assert output_of(daily, begun + ended) == "/out/2026-11-23"
 
 
 def test_waiting_tells_each_piece_once_over_lost_connections() -> None:
