@@ -124,16 +124,17 @@ class RayFleet:
             load_bytes: host memory that one replica takes while it loads; see ``LoadTurn``.
             target: how many replicas there are to be now; asked for now and then, off the driver's thread.
         """
-        self._actor_class = ray.remote(_ReplicaActor).options(
-            num_cpus=placement.num_cpus,
-            num_gpus=placement.num_gpus,
-            resources=dict(placement.resources),
-            scheduling_strategy="SPREAD",
-            max_restarts=0,  # a death is told at once, and the dispatcher replaces it
-            max_task_retries=0,
-            max_concurrency=4,  # poll, wake and stop do not wait for one another
-            runtime_env={"env_vars": dict(placement.env_vars)},
-        )
+        self._actor_class = ray.remote(_ReplicaActor)
+        self._actor_options = {
+            "num_cpus": placement.num_cpus,
+            "num_gpus": placement.num_gpus,
+            "resources": dict(placement.resources),
+            "scheduling_strategy": "SPREAD",
+            "max_restarts": 0,  # a death is told at once, and the dispatcher replaces it
+            "max_task_retries": 0,
+            "max_concurrency": 4,  # poll, wake and stop do not wait for one another
+            "runtime_env": {"env_vars": dict(placement.env_vars)},
+        }
         self._num_planned = placement.num_replicas
         self._arguments = (ray.put(make_worker), load_bytes)
         self._members: dict[int, _Member] = {}
@@ -189,11 +190,12 @@ class RayFleet:
     def make_actor(self, replica_id: int, avoided: frozenset[str]) -> Any:
         """A handle with the methods of ``Replica``."""
         others = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - avoided if avoided else ()
+        options = self._actor_options
         if not others:
-            return self._actor_class.remote(*self._arguments)
+            return self._actor_class.options(**options).remote(*self._arguments)
         logger.warning("replica=%d: not on nodes %s, where replicas died", replica_id, sorted(avoided))
         elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"}
-        return self._actor_class.options(label_selector=elsewhere).remote(*self._arguments)
+        return self._actor_class.options(**options, label_selector=elsewhere).remote(*self._arguments)
 
     def kill_actor(self, actor: Any) -> None:
         """End what ``make_actor`` made."""

@@ -8,7 +8,7 @@ import pytest
 from fake_worker import FakeWorker, find_committed, make_units, part_path
 
 from b2batch.cluster.driver import RunHooks, run_units
-from b2batch.cluster.fleet import RayFleet
+from b2batch.cluster.fleet import Answer, RayFleet
 from b2batch.cluster.placement import Placement
 from b2batch.cluster.policy import DispatchPolicy
 from b2batch.errors import ClusterError, Drained
@@ -95,6 +95,17 @@ def test_a_worker_that_cannot_be_built_ends_the_run_with_its_message_once(tmp_pa
     with pytest.raises(ClusterError) as raised:
         run(FakeWorker(tmp_path, harm="no start"), num_units=4, num_replicas=2)
     assert str(raised.value).partition("\n")[0].count("the checkpoint has no weights") == 1
+
+
+def test_a_replica_starts_where_a_node_is_avoided(tmp_path):
+    fleet = RayFleet(Placement(1, num_cpus=1.0, num_gpus=0.0), FakeWorker(tmp_path))
+    fleet.start(0, frozenset({"0" * 56}))  # a node that is none of ours
+    deadline_s = time.monotonic() + 60
+    try:
+        while not any(isinstance(event, Answer) for event in fleet.wait(1.0)):
+            assert time.monotonic() < deadline_s
+    finally:
+        fleet.close(0.0)
 
 
 def test_asked_to_stop_it_commits_what_is_leased_and_no_more(tmp_path):
