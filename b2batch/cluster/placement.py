@@ -232,9 +232,7 @@ def _amount(holder: Node | Placement, replica: Placement) -> str:
     for name in replica.resources:
         amount = holder.resources.get(name, 0.0)
         kind = name.removeprefix(_ACCELERATOR)
-        told.append(
-            f"{amount:g} {name}" if kind == name else f"{'' if amount else 'no '}accelerator {kind}"
-        )
+        told.append(f"{amount:g} {name}" if kind == name else f"{'' if amount else 'no '}accelerator {kind}")
     return f"{', '.join(told[:-1])} and {told[-1]}"
 
 
