@@ -30,7 +30,7 @@ def stand(row):
         time.sleep(0.05)
     return row
 """
-PATIENCE_S = 400.0  # for a machine that does much else; alone it takes a tenth
+PATIENCE_S = 400.0  # for a machine that does much else
 
 
 @dataclass(frozen=True, slots=True)
