@@ -11,7 +11,7 @@ from b2batch.job import open_output
 from b2batch.outputs.run import RunDirectory
 from b2batch.planning import stored_plan
 from b2batch.spec import JobSpec
-from b2batch.ticks.tick import Tick, mentions_tick, tick_before
+from b2batch.ticks.tick import Tick, last_ticks, mentions_tick
 
 ON_TIME = timedelta(minutes=10)
 _MOST_MISSED = 1000
@@ -36,29 +36,27 @@ def ticks_to_run(spec: JobSpec, wanted: str, now: datetime) -> list[Tick]:
         return [spec.schedule.tick(wanted)]
     due = spec.schedule.latest_tick(now)
     if spec.schedule.catchup == "all" and _takes_ticks_apart(spec):
-        return missed_ticks(spec, due, lambda tick: standing_of(spec, tick))
+        return missed_ticks(spec, now, lambda tick: standing_of(spec, tick))
     late = now.astimezone(UTC) - due.instant.astimezone(UTC)
     if spec.schedule.catchup == "none" and late > ON_TIME and standing_of(spec, due) is not Standing.BEGUN:
         raise NothingToDo(f"tick {due.text} was missed, and schedule.catchup is none")
     return [due]
 
 
-def missed_ticks(spec: JobSpec, due: Tick, standing: Callable[[Tick], Standing]) -> list[Tick]:
-    """``due`` and the ticks since the last finished one; ``due`` alone where none was ever begun."""
+def missed_ticks(spec: JobSpec, now: datetime, standing: Callable[[Tick], Standing]) -> list[Tick]:
+    """The tick that is due and those since the last finished one; it alone where none was ever begun."""
     expression = spec.schedule.expression
     if expression is None:
         raise SpecError("schedule.cron: is needed to tell which ticks were missed")
-    ticks, has_begun = [due], False
-    while len(ticks) < _MOST_MISSED:
-        tick = tick_before(expression, spec.schedule.zone, ticks[-1])
+    due, *earlier = last_ticks(expression, spec.schedule.zone, now, _MOST_MISSED)
+    missed, has_begun = [due], False
+    for tick in earlier:
         found = standing(tick)
         has_begun |= found is not Standing.UNKNOWN
         if found is Standing.FINISHED:
             break
-        ticks.append(tick)
-    while len(ticks) > 1 and not has_begun:
-        ticks.pop()
-    return ticks[::-1]
+        missed.append(tick)
+    return missed[::-1] if has_begun else [due]
 
 
 def standing_of(spec: JobSpec, tick: Tick) -> Standing:

@@ -244,6 +244,7 @@ def _take(job: PreparedJob, store: Store, options: RunOptions) -> tuple[RunDirec
         job.plan.to_bytes(),
         extension=job.extension,
         overwrite=options.overwrite,
+        takeover=options.takeover,
         allow_foreign=options.allow_foreign,
     )
     success = directory.success()

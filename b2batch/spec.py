@@ -775,7 +775,8 @@ def _refuse_shared_output(spec: JobSpec, tick: Tick, output: str) -> None:
     path = spec.output.path
     is_shared = not mentions_tick(path) and "{run8}" not in path
     if tick.previous is not None and "{run8}" not in path:
-        is_shared |= spec.schedule.latest_tick(tick.previous).fill(path, "output.path") == output
+        before = Tick(tick.previous, tick.previous - (tick.instant - tick.previous))
+        is_shared |= before.fill(path, "output.path") == output
     if is_shared:
         raise SpecError(
             f"output.path: {spec.output.path}: each tick needs an output of its own: name it by "

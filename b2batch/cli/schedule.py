@@ -121,7 +121,7 @@ def schedule(
     _tell_times(scheduled, err=output == "-")
     if any(_has_fixed_output(spec) for spec in specs):
         typer.echo(_FIXED_OUTPUT, err=True)
-    if specs[0].schedule.cron is not None and not _takes_zone(kind, ray_job):
+    if specs[0].schedule.cron is not None and not _takes_zone(kind, ray_job) and _is_elsewhere(specs[0]):
         typer.echo(_OWN_CLOCK.format(zone=specs[0].schedule.timezone), err=True)
 
 
@@ -139,6 +139,12 @@ def _check_ticks(specs: list[JobSpec]) -> None:
     """Refuse now what ``run --tick auto`` would refuse."""
     for spec in specs:
         spec.at(spec.schedule.latest_tick(datetime.now(UTC)))
+
+
+def _is_elsewhere(spec: JobSpec) -> bool:
+    """Whether this machine's clock is not that of the job's ticks."""
+    now = datetime.now(UTC)
+    return now.astimezone().utcoffset() != now.astimezone(spec.schedule.zone).utcoffset()
 
 
 def _has_fixed_output(spec: JobSpec) -> bool:

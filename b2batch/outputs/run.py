@@ -56,11 +56,13 @@ class RunDirectory:
         *,
         extension: Extension | None = None,
         overwrite: bool = False,
+        takeover: bool = False,
         allow_foreign: bool = False,
     ) -> Self:
         """Start the run that ``record`` describes, or go on with it. A finished run is only read.
 
-        An ``extension``, of an incremental run, makes ``plan`` the one that counts from now on.
+        An ``extension``, of an incremental run, makes ``plan`` the one that counts from now on; with
+        ``takeover`` it does not wait for the lease of another driver to end.
 
         ``overwrite`` replaces another run, and does a finished one again; an unfinished run of the same
         identity is gone on with all the same, so that a crashed overwrite can be repeated. Files that
@@ -98,7 +100,7 @@ class RunDirectory:
         if not is_finished:
             _resume(store, current, record, plan, extension)
         if extension is not None and is_later:
-            _extend(store, record, plan, extension)
+            _extend(store, record, plan, extension, takeover)
         return cls(store, record, latest_generation(store) or current)
 
     @classmethod
@@ -361,13 +363,13 @@ def finish_merge(store: Store, epoch: Epoch) -> None:
         complete_merge(store, generation, epoch.beat)
 
 
-def _extend(store: Store, record: RunRecord, plan: bytes, extension: Extension) -> None:
+def _extend(store: Store, record: RunRecord, plan: bytes, extension: Extension, takeover: bool) -> None:
     """Make ``plan`` the one that counts, under the run's lease. ``_SUCCESS`` stays: it is of the rows before.
 
     Nothing is seen of a plan until the generation names it: whoever is cut short before has changed nothing.
     """
     store.probe()
-    with take_epoch(store, record.run8):
+    with take_epoch(store, record.run8, takeover=takeover):
         current = latest_generation(store)  # read again under the lease: others may have been here
         if current is None or current.run_id != record.run_id:
             raise PlanOutdated(f"{store.uri}: run {record.run8} was replaced meanwhile")

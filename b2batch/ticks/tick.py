@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise, takewhile
 from zoneinfo import ZoneInfo
 
 from b2batch.errors import SpecError
@@ -86,13 +88,22 @@ def _flat(values: dict[str, str | dict[str, str]]) -> dict[str, str]:
 
 def latest_tick(cron: CronExpression, zone: ZoneInfo, now: datetime) -> Tick:
     """The tick that is due at ``now`` (timezone-aware): the last one that is not later."""
-    instant = _last(cron, zone, now.astimezone(UTC), is_included=True)
-    return Tick(instant, _last(cron, zone, instant.astimezone(UTC), is_included=False))
+    found = last_ticks(cron, zone, now, 1)
+    if not found:
+        raise SpecError(f"schedule.cron {cron.text!r}: it never came in the last eight years")
+    return found[0]
 
 
-def tick_before(cron: CronExpression, zone: ZoneInfo, tick: Tick) -> Tick:
-    """The tick before ``tick``."""
-    return latest_tick(cron, zone, tick.instant.astimezone(UTC) - timedelta(seconds=1))
+def last_ticks(cron: CronExpression, zone: ZoneInfo, now: datetime, number: int) -> list[Tick]:
+    """The last ``number`` ticks that are not later than ``now``, the newest first; of eight years at most."""
+    end, instants = now.astimezone(UTC), list[datetime]()
+    for reach in _REACHES:
+        times = cron.times((end - reach).astimezone(zone))
+        until_now = takewhile(lambda instant: instant.astimezone(UTC) <= end, times)
+        instants = list(deque(until_now, maxlen=number + 1))
+        if len(instants) > number:
+            break
+    return [Tick(later, earlier) for earlier, later in pairwise(instants)][::-1]
 
 
 def parse_tick(text: str, cron: CronExpression | None, zone: ZoneInfo) -> Tick:
@@ -116,16 +127,3 @@ def parse_tick(text: str, cron: CronExpression | None, zone: ZoneInfo) -> Tick:
             f"those beside it: {due.text}, {after.isoformat()}"
         )
     return due
-
-
-def _last(cron: CronExpression, zone: ZoneInfo, now: datetime, is_included: bool) -> datetime:
-    for reach in _REACHES:
-        found = None
-        for instant in cron.times((now - reach).astimezone(zone)):
-            later = instant.astimezone(UTC)
-            if later > now or (later == now and not is_included):
-                break
-            found = instant
-        if found is not None:
-            return found
-    raise SpecError(f"schedule.cron {cron.text!r}: it never came in the last eight years")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from b2batch.errors import SpecError
 from b2batch.ticks.cron import parse_cron
-from b2batch.ticks.tick import Tick, latest_tick, parse_tick, tick_before
+from b2batch.ticks.tick import Tick, last_ticks, latest_tick, parse_tick
 
 CRONS = ["* * * * *", "*/15 * * * *", "0 2 * * *", "30 2 * * *", "30 1 * * 0", "0 0 1 * *", "0 12 29 2 *"]
 ZONES = ["UTC", "Asia/Shanghai", "America/New_York", "Europe/Berlin", "Australia/Lord_Howe"]
@@ -47,10 +47,11 @@ def test_a_tick_is_found_again_by_its_text_and_by_the_one_after_it(
     read, place = parse_cron(cron), ZoneInfo(zone)
     due = latest_tick(read, place, now)
     assert parse_tick(due.text, read, place).text == due.text
-    before = tick_before(read, place, due)
     assert due.previous is not None
-    assert utc(before) == due.previous.astimezone(UTC)
-    assert before.instant.tzinfo == place
+    for before in last_ticks(read, place, now, 5)[1:2]:
+        assert utc(before) == due.previous.astimezone(UTC)
+        assert latest_tick(read, place, utc(due) - timedelta(seconds=1)) == before
+        assert before.instant.tzinfo == place
 
 
 def test_ticks_of_a_day_with_an_hour_twice_are_each_there_once() -> None:
