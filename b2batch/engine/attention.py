@@ -114,12 +114,12 @@ class _Spans:
     """A decode call in arrays."""
 
     queries: Tensor
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    spans: NDArray[np.int64]
 
     @classmethod
     def of(cls, call: DecodeCall) -> _Spans:
-        return cls(torch.tensor(call.queries), np.array(call.keys), np.array(call.lengths))
+        spans = np.array([call.keys, call.lengths, call.prefix_keys, call.prefix_lengths])
+        return cls(torch.tensor(call.queries), spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class _Layer:
         spans = self.step.once(call, lambda: _Spans.of(call))
         query_BQD = query_TQD.index_select(0, spans.queries)
         out_BQD, lse_BQ = decode_attention(
-            query_BQD, self.keys, self.values, spans.starts, spans.lengths, self.slopes, self.scaling
+            query_BQD, self.keys, self.values, spans.spans, self.slopes, self.scaling
         )
         out_TQD.index_copy_(0, spans.queries, out_BQD)
         lse_TQ.index_copy_(0, spans.queries, lse_BQ)

@@ -50,6 +50,35 @@ def test_every_query_attends_to_its_own_keys_once(joins_decodes: bool, chunks: l
 @given(steps())
 def test_a_prefix_is_attended_to_once_for_all_that_share_it(chunks: list[Chunk]) -> None:
     shared = [chunk for chunk in chunks if chunk.prefix is not None]
-    calls = plan_calls(chunks, joins_decodes=True).prefix
+    calls = plan_calls(chunks, joins_decodes=True, min_shared_pairs=0).prefix
     assert len(calls) == len({id(chunk.prefix) for chunk in shared})
     assert sum(call.num_queries for call in calls) == sum(chunk.num_tokens for chunk in shared)
+
+
+@given(steps(), st.integers(0, 12))
+def test_few_decodes_on_a_prefix_attend_to_it_in_their_one_call(chunks: list[Chunk], fewest: int) -> None:
+    calls = plan_calls(chunks, joins_decodes=True, min_shared_pairs=fewest)
+    apart = {
+        call.query + row: (call.key, call.num_keys)
+        for call in calls.prefix
+        for row in range(call.num_queries)
+    }
+    decode = calls.decode
+    joined = {}
+    if decode is not None:
+        joined = {
+            query: (key, length)
+            for query, key, length in zip(
+                decode.queries, decode.prefix_keys, decode.prefix_lengths, strict=True
+            )
+            if length
+        }
+    expected, query = {}, 0
+    for chunk in chunks:
+        for row in range(query, query + chunk.num_tokens):
+            if chunk.prefix is not None:
+                expected[row] = (chunk.prefix.span.start, chunk.prefix.length)
+        query += chunk.num_tokens
+    assert not apart.keys() & joined.keys()
+    assert apart | joined == expected
+    assert all(call.num_queries * call.num_keys >= fewest for call in calls.prefix if call.num_queries == 1)
