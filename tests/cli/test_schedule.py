@@ -127,3 +127,41 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     assert ended.exit_code == 2
     assert message in ended.stderr
     assert not (tmp_path / "files").exists()
+
+
+TICKING = ["input: {path: in, incremental: true}", 'schedule: {cron: "0 2 * * *", timezone: Asia/Shanghai}']
+
+
+def write_ticking(directory: Path, *lines: str) -> Path:
+    path = directory / "ticking.yaml"
+    model = "model: {model: baichuan2-tiny}\nprompt: {column: text}\nsampling: {max_tokens: 4}\n"
+    path.write_text(model + "\n".join(lines or (*TICKING, "output: {path: out}")))
+    return path
+
+
+def test_a_job_of_ticks_is_run_by_them_on_its_own_cron(tmp_path: Path) -> None:
+    job = write_ticking(tmp_path)
+
+    timer = b2batch("schedule", "systemd", job)
+    line = b2batch("schedule", "cron", job, "--cron", "0 18 * * *").stdout.splitlines()[-1]
+
+    assert "OnCalendar=*-*-* 02:00:00 Asia/Shanghai" in timer.stdout
+    assert f'"{job}" "--tick" "auto"' in timer.stdout
+    assert line.startswith("0 18 * * * cd ")
+    assert f"{job} --tick auto >>" in line
+
+
+def test_a_job_whose_ticks_would_share_an_output_is_refused(tmp_path: Path) -> None:
+    job = write_ticking(tmp_path, "input: {path: in}", TICKING[1], "output: {path: out}")
+
+    ended = b2batch("schedule", "cron", job)
+
+    assert ended.exit_code == 2
+    assert "each tick needs an output of its own" in ended.output
+
+
+def test_without_any_cron_nothing_is_written(tmp_path: Path) -> None:
+    ended = b2batch("schedule", "cron", write_job(tmp_path, []))
+
+    assert ended.exit_code == 2
+    assert "--cron: is needed" in ended.output
