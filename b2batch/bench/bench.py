@@ -202,7 +202,7 @@ def _measure_steps(workload: StepsWorkload, setting: Setting, options: BenchOpti
     return {
         "prefill": _medians([found["prefill"] for found in rounds]),
         "decode": _medians([found["decode"] for found in rounds]),
-        "peak_bytes": max(found["peak_bytes"] for found in rounds),
+        **{key: max(found[key] for found in rounds) for key in rounds[0] if key.endswith("_bytes")},
     }
 
 

@@ -95,6 +95,7 @@ class _StepMeasurement:
         self._workload = workload
         self._is_cuda = job.device == "cuda"
         self._roofline = workload["roofline"] if self._is_cuda else None
+        takes_all = self._is_cuda and workload["kv"] == "free memory"
         max_batch = max(workload["batches"])
         self._step_tokens = max(_STEP_TOKENS[job.device], 2 * max_batch)
         spec = make_spec(
@@ -102,9 +103,11 @@ class _StepMeasurement:
             engine__enable_prefix_caching=False,
             engine__max_num_seqs=max_batch,
             engine__max_num_batched_tokens=self._step_tokens,
-            engine__kv_cache_tokens="auto" if self._is_cuda else self._most_tokens(job.max_model_len),
+            engine__kv_cache_tokens="auto" if takes_all else self._most_tokens(job.max_model_len),
+            model__quantization=workload["quantization"],
         )
         loaded = load_model(spec.model)
+        self._load = self._loading()
         self._cost = ModelCost.of(loaded)
         self._vocab_size = loaded.model.config.get_text_config().vocab_size
         self._engine: Engine = make_engine(spec, loaded)
@@ -117,12 +120,20 @@ class _StepMeasurement:
         decode = [
             self._decode(batch, context) for context in workload["contexts"] for batch in workload["batches"]
         ]
-        peak = torch.cuda.max_memory_reserved() if self._is_cuda else peak_bytes()
         return {
             "prefill": [asdict(point) for point in prefill],
             "decode": [asdict(point) for point in decode],
-            "peak_bytes": peak,
+            "peak_bytes": torch.cuda.max_memory_reserved() if self._is_cuda else peak_bytes(),
+            **self._load,
         }
+
+    def _loading(self) -> dict[str, int]:
+        """The peak of loading, on the host and on the device, and what is left of it there."""
+        found = {"load_host_peak_bytes": peak_bytes()}
+        if self._is_cuda:
+            found["load_peak_bytes"] = torch.cuda.max_memory_allocated()
+            found["loaded_bytes"] = torch.cuda.memory_allocated()
+        return found
 
     def _most_tokens(self, max_model_len: int) -> int:
         """KV for the largest point, and for the longest prompts timed."""

@@ -9,6 +9,13 @@ from rich.table import Table
 
 from b2batch.bench.record import Comparison, PeerResult, RunRecord, Spread
 
+_PEAKS = {
+    "peak_bytes": "all of it",
+    "load_peak_bytes": "loading, on the device",
+    "loaded_bytes": "what is loaded, on the device",
+    "load_host_peak_bytes": "loading, in the host's memory",
+}
+
 
 def comparison_table(found: Comparison, title: str) -> Table:
     """Every peer with its rates, and how many times slower or faster than ours and than the loop."""
@@ -60,7 +67,7 @@ def _spread(found: Spread) -> str:
 
 
 def steps_tables(measurements: Mapping[str, Any], title: str) -> list[Table]:
-    """Prefill and decode, point by point."""
+    """Prefill and decode, point by point, and the most memory that was taken."""
     prefill = _points_table(f"{title}: prefill", ("context", "tokens/s", "of roofline"))
     for point in measurements["prefill"]:
         prefill.add_row(str(point["context"]), _rate(point), _share(point))
@@ -70,7 +77,11 @@ def steps_tables(measurements: Mapping[str, Any], title: str) -> list[Table]:
         step = "does not fit" if point["step_s"] is None else f"{1e3 * point['step_s']:.2f}"
         cells = (str(point["batch"]), str(point["context"]), step, _rate(point), _share(point))
         decode.add_row(*cells, _growth(point, measurements["decode"]))
-    return [prefill, decode]
+    memory = _points_table(f"{title}: memory", ("peak of", "GB"))
+    for key, what in _PEAKS.items():
+        if key in measurements:
+            memory.add_row(what, f"{measurements[key] / 1e9:.2f}")
+    return [prefill, decode, memory]
 
 
 def _points_table(title: str, headings: Sequence[str]) -> Table:

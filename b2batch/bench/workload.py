@@ -102,7 +102,13 @@ class StepsWorkload(_ModelWorkload):
     contexts: tuple[int, ...] = Field(min_length=1)
     num_steps: int = Field(default=16, ge=1, description="decode steps timed at each point")
     prefill_tokens: int = Field(default=4096, ge=1, description="prompt tokens timed at each context")
-    roofline: Roofline | None = Field(default=None, description="of a GPU; not used on a CPU")
+    quantization: Literal["nf4", "int8"] | None = None
+    kv: Literal["free memory", "needed"] = Field(
+        default="free memory", description="what keys and values take on a GPU; needed: to measure the peak"
+    )
+    roofline: Roofline | None = Field(
+        default=None, description="of a GPU and weights in full precision; not used on a CPU"
+    )
 
 
 class DriverWorkload(_Workload):

@@ -34,7 +34,8 @@ def test_prefill_is_bound_by_the_layers_products():
     assert COST_7B.prefill_tokens_per_s(H200["flops_per_s"]) == pytest.approx(60_000, rel=0.03)
 
 
-def test_every_point_is_measured(tiny_model: Path):
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_every_point_is_measured(tiny_model: Path, quantization: str | None):
     workload = StepsWorkload(
         kind="steps",
         description="",
@@ -44,6 +45,8 @@ def test_every_point_is_measured(tiny_model: Path):
         contexts=(32, 128),
         num_steps=2,
         prefill_tokens=256,
+        quantization=quantization,
+        kv="needed",
     )
     job = steps_job(workload, Setting(tiny_model, "cpu", "float32"))
     found = steps.run({"workload": workload.model_dump(mode="json"), "job": asdict(job)})
@@ -52,6 +55,7 @@ def test_every_point_is_measured(tiny_model: Path):
     assert points == [(1, 32), (3, 32), (1, 128), (3, 128)]
     assert all(point["tokens_per_s"] > 0 for point in found["decode"] + found["prefill"])
     assert all(point["roofline_share"] is None for point in found["decode"] + found["prefill"])
-    prefill, decode = steps_tables(found, "title")
-    assert (prefill.row_count, decode.row_count) == (2, 4)
+    assert 0 < found["load_host_peak_bytes"] <= found["peak_bytes"]
+    prefill, decode, memory = steps_tables(found, "title")
+    assert (prefill.row_count, decode.row_count, memory.row_count) == (2, 4, 2)
     assert list(decode.columns[-1].cells)[:2] == ["1.00", "1.00"]
