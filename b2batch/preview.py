@@ -90,9 +90,11 @@ def _answer(
 ) -> list[PreviewRow]:
     # torch takes seconds to import: prompts alone are shown without it.
     from b2batch.answers import make_reader
+    from b2batch.engine.heap import return_freed_memory
     from b2batch.models.loading import load_model
     from b2batch.worker import make_engine
 
+    return_freed_memory()
     loaded = load_model(spec.model, spec.cluster.gpus_per_model)
     few = spec.engine.model_copy(update={"max_num_seqs": max(1, len(requests) * spec.sampling.n)})
     engine = make_engine(spec.model_copy(update={"engine": few}), loaded)

@@ -31,7 +31,7 @@ from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, lockstep, packing
 from b2batch.engine.deduplication import Deduplicator
 from b2batch.engine.engine import Engine
-from b2batch.engine.heap import keep_freed_memory
+from b2batch.engine.heap import keep_freed_memory, return_freed_memory
 from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
 from b2batch.engine.request import AnyRequest, Finished
 from b2batch.errors import Fenced, ReplicaSuspect, RowError, RowFailure, RowFault, Stage, StorageError
@@ -114,6 +114,7 @@ def make_worker(args: WorkerArgs) -> Worker:
 
 
 def _load(spec: JobSpec, rank: int) -> LoadedModel:
+    return_freed_memory()
     loaded = load_model(spec.model, spec.cluster.gpus_per_model)
     if spec.engine.tensor_parallel_size > 1:
         shard(loaded.model, rank, spec.engine.tensor_parallel_size)
