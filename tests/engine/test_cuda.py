@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from b2batch.bench.random_model import build
 from b2batch.engine.cuda_attention import CudaAttention, HeadShape, is_right
 from b2batch.engine.cuda_runner import CudaRunner, head_shape, make_runner
 from b2batch.engine.flash_attention import FlashPlan, torch_flash
-from b2batch.engine.runner import Runner
+from b2batch.engine.runner import Runner, layer_devices
 from b2batch.engine.sampling import sample
 from b2batch.engine.sequence import Sequence
 from b2batch.models.baichuan import wide_linear
-from b2batch.spec import SamplingSpec
+from b2batch.models.loading import load_model
+from b2batch.spec import ModelSpec, SamplingSpec
 from engine.serving import engine_of, serve
 from engine.test_cuda_runner import KINDS, MAX_SEQS, decode_step, random_model, requests
 
@@ -130,3 +133,18 @@ def test_the_host_waits_once_for_the_tokens(sampling: dict[str, Any]) -> None:
 def test_head_shapes_are_read_from_the_model() -> None:
     shapes = [head_shape(random_model(kind)) for kind in KINDS]
     assert [shape.has_slopes for shape in shapes] == [False, False, True]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_a_model_over_two_gpus_answers_as_over_one(tmp_path: Path, quantization: str | None) -> None:
+    build("random-tiny", "cpu", "float32", tmp_path)
+    spec = ModelSpec(model=str(tmp_path), device="cuda", dtype="float32", quantization=quantization)
+    found = []
+    for num_gpus in (1, 2):
+        loaded = load_model(spec, num_gpus)
+        assert len(set(layer_devices(loaded.model))) == num_gpus
+        limits = {"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, "kv_cache_tokens": ARENA}
+        answers = serve(engine_of(loaded.model, **limits), requests())
+        found.append({name: [c.token_ids for c in answer.completions] for name, answer in answers.items()})
+    assert found[0] == found[1]
