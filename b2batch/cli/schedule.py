@@ -81,6 +81,10 @@ def schedule(
     ray_job: Annotated[
         bool, typer.Option("--ray-job", help="Kubernetes: a RayJob of KubeRay, instead of one pod.")
     ] = False,
+    submit: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Submit to the Ray cluster with this dashboard, and wait."),
+    ] = None,
 ) -> None:
     """Write what runs a job on a schedule: crontab line, systemd units, Kubernetes, Slurm or Airflow files.
 
@@ -95,6 +99,8 @@ def schedule(
     }
     machines = {name: value for name, value in {**given, "claim": claim}.items() if value is not None}
     _refuse_what_has_no_use(kind, ray_job, time_zone, program, machines)
+    if submit and (ray_job or kind is Scheduler.SLURM):
+        raise CallerError(f"--submit: {'a RayJob' if ray_job else kind} starts a Ray cluster of its own")
     from b2batch.scheduling.manifest import render
     from b2batch.scheduling.scheduled_job import Machines, ScheduledJob
     from b2batch.spec import env_references, load_specs
@@ -115,7 +121,8 @@ def schedule(
         env_names=tuple(sorted({name for spec in specs for name in env_references(spec)})),
         drain_grace_s=specs[0].cluster.drain_grace_s,
         time_zone=_zone(time_zone, kind, ray_job),
-        machines=Machines(**{"gpus": _gpus(specs[0]), **machines}),
+        machines=Machines(**{"gpus": 0 if submit else _gpus(specs[0]), **machines}),
+        dashboard=submit or "",
     )
     _write(render(_kind(kind, ray_job), scheduled), output)
     _tell_times(scheduled, err=output == "-")

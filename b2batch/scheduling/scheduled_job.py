@@ -31,9 +31,10 @@ class ScheduledJob:
 
     Attributes:
         directory: absolute; where the command starts, and NAME.env and NAME.log lie.
-        arguments: of ``b2batch run``, the job file first.
+        arguments: of ``b2batch run`` and ``submit`` alike, the job file first.
         env_names: variables that the job refers to; their values are never known here.
         time_zone: None is the machine's own.
+        dashboard: of the Ray cluster that the job is submitted to; empty: it runs where it is started.
     """
 
     name: str
@@ -45,10 +46,13 @@ class ScheduledJob:
     drain_grace_s: float
     time_zone: str | None
     machines: Machines = Machines()
+    dashboard: str = ""
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The words of the command that runs the job, or goes on with it."""
+        """The words of the command that runs the job, or goes on with it, and ends with its exit code."""
+        if self.dashboard:
+            return (self.program, "submit", *self.arguments, "--address", self.dashboard, "--wait")
         return (self.program, "run", *self.arguments)
 
     @property

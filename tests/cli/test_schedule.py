@@ -165,3 +165,36 @@ def test_without_any_cron_nothing_is_written(tmp_path: Path) -> None:
 
     assert ended.exit_code == 2
     assert "--cron: is needed" in ended.output
+
+
+@pytest.mark.parametrize("kind", ["cron", "systemd", "airflow", "kubernetes"])
+def test_a_job_is_submitted_to_a_cluster_that_stands(kind: str, tmp_path: Path) -> None:
+    command, *options = COMMANDS[kind]
+    url = "http://ray-head:8265"
+    ended = b2batch(
+        "schedule",
+        command,
+        write_job(tmp_path, []),
+        *OFTEN,
+        *options,
+        "--submit",
+        url,
+        "-o",
+        tmp_path / "out",
+    )
+
+    assert ended.exit_code == 0, ended.output
+    text = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir())
+    words = text.replace('"', " ").replace("'", " ").replace(",", " ").replace("- ", " ").split()
+    assert words[words.index("submit") :][:5:2] == ["submit", "--address", "--wait"]
+    assert url in words
+
+
+@pytest.mark.parametrize("kind", ["slurm", "ray-job"])
+def test_what_starts_its_own_cluster_submits_to_none(kind: str, tmp_path: Path) -> None:
+    command, *options = COMMANDS[kind]
+    ended = b2batch(
+        "schedule", command, write_job(tmp_path, []), *OFTEN, *options, "--submit", "http://ray-head:8265"
+    )
+    assert ended.exit_code == 2
+    assert "--submit" in ended.output
