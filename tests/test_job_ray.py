@@ -41,7 +41,7 @@ def make_spec(output, path=REVIEWS_SAMPLE, **sections):
         "sampling": {"max_tokens": 24, "temperature": 4.0, "seed": 3, "ignore_eos": True},
         "engine": {"max_num_seqs": 4},
         "output": {"path": str(output)},
-        "cluster": {"replicas": 2},
+        "cluster": {"replicas": 1},  # each costs ten seconds of a core to start
     }
     for name, keys in sections.items():
         document[name] = document.get(name, {}) | keys
@@ -68,12 +68,12 @@ def worker_pid(part):
 def calm(ray_cluster, tmp_path_factory):
     """An undisturbed run with one replica: its result and its rows."""
     output = tmp_path_factory.mktemp("calm") / "out"
-    result = run_job(make_spec(output, cluster={"replicas": 1}))
+    result = run_job(make_spec(output))
     return result, read_rows(output)
 
 
 def test_every_row_comes_back_once_and_a_second_run_does_nothing(ray_cluster, calm, tmp_path):
-    spec = make_spec(tmp_path / "out")
+    spec = make_spec(tmp_path / "out", cluster={"replicas": 2})
     first = run_job(spec)
     before = parts(tmp_path / "out")
     second = run_job(spec)
@@ -118,6 +118,7 @@ def test_one_row_in_a_thousand_that_kills_its_process_becomes_its_error(ray_clus
         prompt={"template": "{{ text }}", "chat": False},
         sampling={"max_tokens": 1},
         engine={"max_num_seqs": 64},
+        cluster={"replicas": 2},
     )
     result = run_job(spec)
     assert (result.counts.num_ok, result.counts.num_error) == (999, 1)
@@ -232,7 +233,7 @@ DRIVER = """
 import sys
 from b2batch.job import run_job
 from b2batch.spec import load_spec
-print(run_job(load_spec(sys.argv[1])).num_rows_resumed)
+run_job(load_spec(sys.argv[1]))
 """
 
 
@@ -242,9 +243,7 @@ def start_driver(job_file, tmp_path):
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(job_file)],
         env=environment,
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -260,8 +259,14 @@ def descendants(pid):
     return below - {pid}
 
 
-def assert_gone(pids):
-    deadline_s = time.monotonic() + 90  # an agent of Ray looks for its parent now and then
+def title(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def assert_gone(pids, timeout_s):
+    deadline_s = time.monotonic() + timeout_s
     while left := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline_s, f"{left} outlived their driver"
         time.sleep(0.05)
@@ -286,14 +291,15 @@ def test_a_killed_driver_resumes_and_its_twin_is_locked_out(calm, tmp_path):
     with pytest.raises(RunLocked, match=f"pid {driver.pid}"):
         run_job(spec)
     cluster = descendants(driver.pid)
+    replicas = [pid for pid in cluster if "_ReplicaActor" in title(pid)]
     driver.kill()
     driver.communicate()
-    assert len(cluster) > 3
-    assert_gone(cluster)
+    assert replicas
+    assert_gone(replicas, 10.0)
     before = parts(output)
     assert 0 < len(before) < 10, "killed in the middle"
-    out, err = start_driver(job_file, tmp_path).communicate(timeout=200)
-    assert out.strip().isdigit(), err
-    assert int(out) >= 20 * len(before)
+    result = run_job(make_spec(output))
+    assert result.num_rows_resumed >= 20 * len(before)
     assert parts(output).items() >= before.items(), "committed units were not run again"
     assert read_rows(output) == calm[1]
+    assert_gone(cluster, 90.0)  # an agent of Ray that lost its cluster tries to say so for a minute
