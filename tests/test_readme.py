@@ -19,9 +19,8 @@ from b2batch import errors
 from b2batch.errors import B2BatchError, RowFault
 from b2batch.inputs import READERS
 from b2batch.models.families import MODELS
-from b2batch.notify_spec import WebhookSpec
 from b2batch.outputs.schema import own_columns
-from b2batch.spec import Example, JobSpec, Label, Message, find_fragments, parse_spec
+from b2batch.spec import Example, JobSpec, Label, Message, WebhookSpec, find_fragments, parse_spec
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

@@ -14,10 +14,9 @@ from b2batch.notify.delivery import check_webhooks, deliver
 from b2batch.notify.message import JobEnd, compose
 from b2batch.notify.order import Message
 from b2batch.notify.sample import sample_rows
-from b2batch.notify_spec import WebhookSpec
 from b2batch.outputs.overview import Overview, overview
 from b2batch.outputs.store import Store
-from b2batch.spec import JobSpec
+from b2batch.spec import JobSpec, WebhookSpec
 
 _log = logging.getLogger(__name__)
 

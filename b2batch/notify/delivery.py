@@ -17,8 +17,7 @@ from dataclasses import asdict
 
 from b2batch.errors import SpecError
 from b2batch.notify.order import Message, Order, Outcome
-from b2batch.notify_spec import WebhookSpec
-from b2batch.spec import resolve_env
+from b2batch.spec import WebhookSpec, resolve_env
 
 DEADLINE_S = 15.0
 

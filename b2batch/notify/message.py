@@ -16,9 +16,8 @@ from b2batch.errors import (
     StorageError,
 )
 from b2batch.notify.order import Message
-from b2batch.notify_spec import Event
 from b2batch.outputs.overview import Overview
-from b2batch.spec import mask_env
+from b2batch.spec import Event, mask_env
 from b2batch.storage import mask_credentials
 
 # WeCom takes 2,048 bytes, with the title.

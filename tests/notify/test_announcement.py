@@ -28,9 +28,8 @@ from b2batch.job import run_job
 from b2batch.notify import announcement as announcement_module
 from b2batch.notify.announcement import Announcement
 from b2batch.notify.order import Message, Outcome
-from b2batch.notify_spec import WebhookSpec
 from b2batch.outputs.store import open_store
-from b2batch.spec import JobSpec, load_spec, parse_spec
+from b2batch.spec import JobSpec, WebhookSpec, load_spec, parse_spec
 
 from .webhook_server import WebhookServer
 

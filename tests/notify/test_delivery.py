@@ -13,7 +13,7 @@ from b2batch.errors import SpecError
 from b2batch.notify import delivery
 from b2batch.notify.delivery import check_webhooks, deliver
 from b2batch.notify.order import Message, Outcome
-from b2batch.notify_spec import WebhookSpec
+from b2batch.spec import WebhookSpec
 
 from .webhook_server import WebhookServer
 

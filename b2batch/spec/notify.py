@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from b2batch.spec.secrets import ENV_REFERENCE
+from b2batch.spec.section import Section, as_list
 
 Event = Literal["finish", "failure", "budget", "stopped"]
-_REFERENCE = re.compile(r"\$\{env:[A-Za-z_][A-Za-z0-9_]*\}")
 
 
 def _as_secret(url: str) -> str:
     """Who knows a webhook's URL can post there, and the job file is kept with the run: no URL in plain."""
-    if not _REFERENCE.search(url):
+    if not ENV_REFERENCE.search(url):
         raise ValueError(
             "the URL of a webhook is a secret, and would be written down with the run: put it in the "
             "environment of the driver, and write ${env:NAME} here"
@@ -21,20 +22,14 @@ def _as_secret(url: str) -> str:
     return url
 
 
-def _as_events(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class WebhookSpec(BaseModel):
+class WebhookSpec(Section):
     """One place that is told. Row content goes there only as far as ``include_sample`` says.
 
     The key is not ``on``, which YAML reads as a truth value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     url: Annotated[str, AfterValidator(_as_secret)]
-    events: Annotated[tuple[Event, ...], BeforeValidator(_as_events)] = Field(
+    events: Annotated[tuple[Event, ...], BeforeValidator(as_list)] = Field(
         default=("finish", "failure", "budget"), min_length=1
     )
     allow_private: bool = Field(
