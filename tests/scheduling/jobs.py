@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.manifest import Kind, render
 from b2batch.scheduling.scheduled_job import Machines, ScheduledJob
+from b2batch.ticks.cron import parse_cron
 
 JOB = ScheduledJob(
     name="label-reviews",

@@ -9,8 +9,8 @@ from datetime import datetime
 
 import pytest
 
-from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.on_calendar import on_calendar
+from b2batch.ticks.cron import parse_cron
 
 EXPRESSIONS = {
     "0 2 * * *": ["*-*-* 02:00:00"],

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from b2batch.ticks.cron import parse_cron
 from b2batch.scheduling.manifest import Kind
+from b2batch.ticks.cron import parse_cron
 
 from .jobs import JOB, NASTY, rendered, with_arguments
 
