@@ -19,6 +19,12 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU its kernels run in Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take long first, so that no worker is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The reference data that stands beside the checkout; without it the test is skipped."""
