@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,9 +61,16 @@ class RealCluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
-    """A node started as an administrator does; its processes end with the tests."""
-    place = tmp_path_factory.mktemp("r")
+def cluster() -> Iterator[RealCluster]:
+    """A node started as an administrator does; its processes end with the tests.
+
+    In a directory with a short name: Ray's sockets lie in it, and a socket's path has 107 bytes at most.
+    """
+    with tempfile.TemporaryDirectory(prefix="b2s-", ignore_cleanup_errors=True) as directory:
+        yield from _cluster(Path(directory))
+
+
+def _cluster(place: Path) -> Iterator[RealCluster]:
     port, dashboard, agent = _free_ports(3)
     environ = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "B2BATCH_"))},
