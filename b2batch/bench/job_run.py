@@ -1,7 +1,7 @@
 """A whole job on the embedded model, phase by phase, and the engine alone on the same rows.
 
     start      plan, Ray, and the replicas until all are ready
-    steady     from the first tenth of the rows answered to the last
+    work       from there until the last row is answered
     finish     the last commit, the account, the end of Ray
 
 The engine's loop has its rows in memory and its tokenizer beside it: what a job costs beyond that is
@@ -27,7 +27,6 @@ from b2batch.spec import JobSpec, parse_spec
 from b2batch.worker import make_engine
 
 _TEMPLATE = "请判断下面这条评论的情感倾向,只回答“正面”或“负面”。\n{{ text }}"
-_STEADY_FROM, _STEADY_TO = 0.1, 0.9  # of the rows
 
 
 def run(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,15 +69,8 @@ def _run_job(spec: JobSpec) -> dict[str, Any]:
         "work_s": answered_s - ready_s[0],
         "finish_s": wall_s - answered_s,
         "wall_s": wall_s,
-        "rows_per_s": _steady_rate(points, num_rows),
+        "rows_per_s": num_rows / (answered_s - ready_s[0]),
     }
-
-
-def _steady_rate(points: list[tuple[float, int]], num_rows: int) -> float:
-    """Rows a second between the looks that are nearest to the bounds of the steady state."""
-    first_s, first = min(points, key=lambda point: abs(point[1] - _STEADY_FROM * num_rows))
-    last_s, last = min(points, key=lambda point: abs(point[1] - _STEADY_TO * num_rows))
-    return (last - first) / (last_s - first_s)
 
 
 def _run_engine(spec: JobSpec) -> dict[str, Any]:
@@ -89,7 +81,6 @@ def _run_engine(spec: JobSpec) -> dict[str, Any]:
     encoder = RowEncoder(spec, loaded.codec, loaded.checkpoint.generation_config)
     with open(str(spec.input.path[0]), encoding="utf-8") as file:
         rows = [PromptRow(f"0:{i}", b"", json.loads(line)) for i, line in enumerate(file)]
-    points: list[tuple[float, int]] = []
     occupancy = Occupancy(engine, len(rows))
     started_s, started_cpu_s, num_done = time.monotonic(), cpu_s(), 0
     for row in rows:
@@ -100,10 +91,10 @@ def _run_engine(spec: JobSpec) -> dict[str, Any]:
             loaded.codec.tokenizer.decode(list(completion.token_ids[: completion.num_text_tokens]))
             num_done += 1
         occupancy.note(num_done)
-        points.append((time.monotonic() - started_s, num_done))
+    wall_s = time.monotonic() - started_s
     return {
-        "wall_s": time.monotonic() - started_s,
+        "wall_s": wall_s,
         "cpu_s": cpu_s() - started_cpu_s,
-        "rows_per_s": _steady_rate(points, len(rows)),
+        "rows_per_s": len(rows) / wall_s,
         "occupancy": occupancy.facts()["occupancy"],
     }

@@ -130,9 +130,9 @@ def driver_table(measurements: Mapping[str, Any], title: str) -> Table:
 
 
 def job_table(measurements: Mapping[str, Any], title: str) -> Table:
-    """Each kind of run: its phases in seconds, its steady rate and what that is of the engine's alone."""
+    """Each kind of run: its phases in seconds, its rate at work and what that is of the engine's alone."""
     table = _points_table(
-        title, ("what", "start s", "work s", "finish s", "rows/s, steady", "× engine alone", "batch")
+        title, ("what", "start s", "work s", "finish s", "rows/s at work", "× engine alone", "batch")
     )
     alone = next(iter(measurements.values()))["rows_per_s"]
     for name, found in measurements.items():
