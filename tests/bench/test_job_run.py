@@ -10,10 +10,9 @@ from b2batch.bench.prompts import write_reviews
 
 
 def test_the_engine_alone_answers_every_row_of_numbered_reviews(tmp_path: Path) -> None:
-    write_reviews(tmp_path / "reviews.jsonl", 9)
-    texts = [
-        json.loads(line)["text"] for line in (tmp_path / "reviews.jsonl").read_text("utf-8").splitlines()
-    ]
+    reviews = tmp_path / "reviews.jsonl"
+    write_reviews(reviews, 9)
+    texts = [json.loads(line)["text"] for line in reviews.read_text("utf-8").splitlines()]
     assert len(set(texts)) == 9
     assert texts[8].startswith("(8) ")
 
