@@ -7,7 +7,7 @@ the one that its output holds; what is new in the input extends that run's plan.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,11 +44,18 @@ class RunMaker:
 
     def record(self, plan: Plan) -> RunRecord:
         """The record of the run that begins with ``plan``."""
+        return self._make(plan.digest, len(plan.units), [asdict(file) for file in plan.files])
+
+    def on_input_of(self, held: RunRecord) -> RunRecord:
+        """The record of a run of this job on the input of another run."""
+        return self._make(held.plan_digest, held.num_units, held.files)
+
+    def _make(self, plan_digest: str, num_units: int, files: Sequence[Mapping[str, Any]]) -> RunRecord:
         return RunRecord.make(
             self.spec,
-            plan_digest=plan.digest,
-            num_units=len(plan.units),
-            files=[asdict(file) for file in plan.files],
+            plan_digest=plan_digest,
+            num_units=num_units,
+            files=files,
             model_digest=self.model_digest,
             provenance=self.provenance,
         )
@@ -93,30 +100,14 @@ def _held(spec: JobSpec) -> RunDirectory | None:
 
 
 def _is_replaced(directory: RunDirectory, maker: RunMaker) -> bool:
-    return bool(_changed_settings(directory, maker)) or directory.success() is not None
-
-
-def _changed_settings(directory: RunDirectory, maker: RunMaker) -> list[str]:
-    return diff_config(directory.record, _same_input(directory, maker))
-
-
-def _same_input(directory: RunDirectory, maker: RunMaker) -> RunRecord:
-    """The record of a run of this job on the input that the held run has."""
-    held = directory.record
-    return RunRecord.make(
-        maker.spec,
-        plan_digest=held.plan_digest,
-        num_units=held.num_units,
-        files=held.files,
-        model_digest=maker.model_digest,
-        provenance=maker.provenance,
-    )
+    has_other_settings = bool(diff_config(directory.record, maker.on_input_of(directory.record)))
+    return has_other_settings or directory.success() is not None
 
 
 def _plan_onwards(maker: RunMaker, directory: RunDirectory) -> PlannedRun:
     """Go on from the plan that the output holds. A tick that has one is done as it was planned."""
     spec = maker.spec
-    check_drift(directory.record, _same_input(directory, maker), directory.store.uri)
+    check_drift(directory.record, maker.on_input_of(directory.record), directory.store.uri)
     held = stored_plan(directory)
     growth = None
     if not (spec.tick and spec.tick in held.ticks):

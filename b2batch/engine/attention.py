@@ -87,15 +87,13 @@ def arena_attention(
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
     step = _current.get()[query.device]
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
-    num_tokens = len(step.slots)
-    keys_SKD.index_copy_(0, step.slots, key[0, :, :num_tokens].transpose(0, 1).to(keys_SKD.dtype))
-    values_SKD.index_copy_(0, step.slots, value[0, :, :num_tokens].transpose(0, 1).to(values_SKD.dtype))
+    write_keys(keys_SKD, values_SKD, step.slots, key, value)
     if step.calls is None:
         raise KeysWritten
     layer = _Layer(step, keys_SKD, values_SKD, scaling, getattr(module, "alibi_slopes", None))
     query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
-    out_TQD[num_tokens:] = 0
+    out_TQD[len(step.slots) :] = 0
     lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32)
     for own in step.calls.own:
         rows = slice(own.query, own.query + own.num_queries)
@@ -107,6 +105,12 @@ def arena_attention(
         out, lse = layer.attend_prefix(prefix, query_TQD[rows])
         _merge_into(out_TQD[rows], lse_TQ[rows], out, lse)
     return out_TQD[None].to(query.dtype), None
+
+
+def write_keys(keys_SKD: Tensor, values_SKD: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Put a step's new keys and values, (1, K, T, D), into a layer's arena; behind the slots is padding."""
+    for arena_SKD, new in ((keys_SKD, key), (values_SKD, value)):
+        arena_SKD.index_copy_(0, slots, new[0, :, : len(slots)].transpose(0, 1).to(arena_SKD.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ def keep_freed_memory() -> None:
     A step's activations are some megabytes each, which glibc maps anew every time: 9 % of a
     labelling job's CPU time went into page faults. Does nothing on another C library.
     """
-    _set(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-    _set(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    _tell_malloc("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
+    _tell_malloc("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def return_freed_memory() -> None:
@@ -27,12 +27,7 @@ def return_freed_memory() -> None:
     What stays is allocated between them, and would keep their room from the system: with int8, 1.7 times the
     weights in full precision were taken at the peak, and 0.6 times now. ``keep_freed_memory`` ends it.
     """
-    _set(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
-def _set(parameter: int, value: int) -> None:
-    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(parameter, value)
+    _tell_malloc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def release_freed_memory() -> None:
@@ -40,8 +35,9 @@ def release_freed_memory() -> None:
 
     oneDNN, for one, maps the code that it makes for a new shape of step beside the heap.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _tell_malloc("malloc_trim", 0)
+
+
+def _tell_malloc(name: str, *values: int) -> None:
+    if sys.platform.startswith("linux") and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*values)

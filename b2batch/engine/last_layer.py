@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from b2batch.engine.attention import KeysWritten, StepContext, step_contexts
 from b2batch.engine.calls import plan_calls
 from b2batch.engine.scheduler import Chunk
+from b2batch.models.layers import find_layers
 
 
 class LastLayer:
@@ -41,19 +42,19 @@ class LastLayer:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LastLayer | None:
         """The last of a model's layers; None where they do not stand in one list."""
-        num_layers = model.config.get_text_config().num_hidden_layers
-        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-        layers = next((layers for layers in lists if len(layers) == num_layers), None)
-        return None if layers is None else cls(layers[-1])
+        found = find_layers(model, model.config.get_text_config().num_hidden_layers)
+        return None if found is None else cls(found[1][-1])
 
     @contextmanager
-    def only(self, chunks: Sequence[Chunk], context: StepContext, *, joins_decodes: bool) -> Iterator[bool]:
-        """In this step return only the rows whose logits are wanted, in chunk order.
+    def only(
+        self, rows: Sequence[int], chunks: Sequence[Chunk], context: StepContext, *, joins_decodes: bool
+    ) -> Iterator[bool]:
+        """In this step return only ``rows``, those of ``chunks`` whose logits are wanted.
 
         Gives False, and changes nothing, where these are most of the step's rows. Where none is wanted
         the first row stands for them, since not every layer can run without a row.
         """
-        rows = wanted_rows(chunks) or [0]
+        rows = rows or [0]
         if 2 * len(rows) > len(context.positions):
             yield False
             return
@@ -84,16 +85,6 @@ class LastLayer:
         args, kwargs = _select(args, rows, num_rows), _select(kwargs, rows, num_rows)
         with step_contexts({hidden.device: wanted}):
             return self._forward(hidden[:, rows], *args, **kwargs)
-
-
-def wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
-    """Rows of the packed step whose logits are wanted."""
-    rows: list[int] = []
-    first = 0
-    for chunk in chunks:
-        rows += [first + position - chunk.start for position in chunk.logit_positions]
-        first += chunk.num_tokens
-    return rows
 
 
 def _of_one_token(chunk: Chunk) -> Iterator[Chunk]:

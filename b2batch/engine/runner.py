@@ -16,7 +16,7 @@ from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
 from b2batch.engine.cpu_decode import compile_kernel
 from b2batch.engine.kv import Span
-from b2batch.engine.last_layer import LastLayer, wanted_rows
+from b2batch.engine.last_layer import LastLayer
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
 
@@ -77,21 +77,24 @@ class Runner:
             device: StepContext(_ids(slots, device), _ids(positions, device), calls, self.caches)
             for device in self.devices
         }
-        wanted = wanted_rows(chunks)
-        with attention.step_contexts(contexts), self._only_wanted(chunks, contexts[self.device]) as is_cut:
+        wanted = _wanted_rows(chunks)
+        context = contexts[self.device]
+        with attention.step_contexts(contexts), self._only(wanted, chunks, context) as is_cut:
             output = self.model(
                 input_ids=_ids(tokens, self.device)[None],
-                position_ids=contexts[self.device].positions[None],
+                position_ids=context.positions[None],
                 use_cache=False,
                 logits_to_keep=_ids(list(range(len(wanted))) if is_cut else wanted, self.index_device),
             )
         logits: Tensor = output.logits[0]
         return logits.float()
 
-    def _only_wanted(self, chunks: list[Chunk], context: StepContext) -> AbstractContextManager[bool]:
+    def _only(
+        self, wanted: list[int], chunks: list[Chunk], context: StepContext
+    ) -> AbstractContextManager[bool]:
         if self._last_layer is None:
             return nullcontext(False)
-        return self._last_layer.only(chunks, context, joins_decodes=self._joins_decodes)
+        return self._last_layer.only(wanted, chunks, context, joins_decodes=self._joins_decodes)
 
     def _num_padding(self, num_tokens: int) -> int:
         """Rows to add to a step, so that few sizes of large steps occur; nothing attends to them.
@@ -115,6 +118,16 @@ class Runner:
     def index_device(self) -> torch.device:
         """Where the index of the wanted rows belongs. One on the host fits hidden states on any device."""
         return self.device if len(self.devices) == 1 else torch.device("cpu")
+
+
+def _wanted_rows(chunks: list[Chunk]) -> list[int]:
+    """Rows of the packed step whose logits are wanted."""
+    rows: list[int] = []
+    first = 0
+    for chunk in chunks:
+        rows += [first + position - chunk.start for position in chunk.logit_positions]
+        first += chunk.num_tokens
+    return rows
 
 
 def _ids(values: list[int], device: torch.device) -> Tensor:

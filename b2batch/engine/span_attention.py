@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from b2batch.engine.attention import write_keys
+
 ATTENTION_NAME = "b2batch-spans"
 
 
@@ -71,8 +73,7 @@ def attend_spans(
     """(1, Q, T, D) queries and (1, K, T, D) new keys and values → (1, T, Q, D)."""
     step = _current.get()[query.device]
     keys_SKD, values_SKD = step.caches[cast(int, module.layer_idx)]
-    keys_SKD.index_copy_(0, step.slots, key[0].transpose(0, 1).to(keys_SKD.dtype))
-    values_SKD.index_copy_(0, step.slots, value[0].transpose(0, 1).to(values_SKD.dtype))
+    write_keys(keys_SKD, values_SKD, step.slots, key, value)
     slopes: Tensor | None = getattr(module, "alibi_slopes", None)
     query_TQD = query[0].transpose(0, 1).to(keys_SKD.dtype)
     out_TQD = step.attention.attend(query_TQD, keys_SKD, values_SKD, scaling, slopes)

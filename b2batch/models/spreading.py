@@ -18,9 +18,10 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from b2batch.errors import ModelError
+from b2batch.models.layers import find_layers
 
 
 def spread_by_layers(config: PreTrainedConfig, layer_counts: Sequence[int]) -> dict[str, int]:
@@ -31,7 +32,13 @@ def spread_by_layers(config: PreTrainedConfig, layer_counts: Sequence[int]) -> d
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    path = _find_layers(model, sum(layer_counts))
+    found = find_layers(model, sum(layer_counts))
+    if found is None:
+        raise ModelError(
+            f"cluster.gpus_per_replica: {type(model).__name__} has no list of {sum(layer_counts)} layers to "
+            "spread"
+        )
+    path, _ = found
     places = [device for device, count in enumerate(layer_counts) for _ in range(count)]
     device_map = {f"{path}.{index}": device for index, device in enumerate(places)}
     tied_head = model.get_output_embeddings() if config.get_text_config().tie_word_embeddings else None
@@ -44,16 +51,6 @@ def spread_by_layers(config: PreTrainedConfig, layer_counts: Sequence[int]) -> d
         is_last = is_behind and has_weights and module is not tied_head
         device_map[name] = len(layer_counts) - 1 if is_last else 0
     return device_map
-
-
-def _find_layers(model: PreTrainedModel, num_layers: int) -> str:
-    name: str
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return name
-    raise ModelError(
-        f"cluster.gpus_per_replica: {type(model).__name__} has no list of {num_layers} layers to spread"
-    )
 
 
 def _has_own_tensors(module: nn.Module) -> bool:
@@ -79,10 +76,8 @@ class _Carrier:
         self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A forward pre-hook: the same arguments, on the device, which is the current one from now on."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(
-                self._device
-            )  # Triton launches on the current one, wherever its tensors are
+        if self._device.type == "cuda":  # Triton launches on the current one, wherever its tensors are
+            torch.cuda.set_device(self._device)
         carried = {name: self._bring(name, value) for name, value in named.items()}
         return send_to_device(arguments, self._device), carried
 
