@@ -136,7 +136,7 @@ class Dispatcher:
         for replica_id in (dropped := self._roster.unplaced()[:surplus]):
             self._roster.remove(replica_id)
         kills = [KillReplica(replica_id, "no node has room for it any more") for replica_id in dropped]
-        return [*kills, *self._top_up()]
+        return [*kills, *self._top_up(), *self._begin_if_enough()]
 
     def on_replica_failed_to_start(self, replica_id: int, error: ErrorText, now_s: float) -> list[Action]:
         """The replica lives, but its worker could not be built: seldom a matter of luck."""
@@ -426,7 +426,7 @@ class Dispatcher:
         return 1 if self._has_begun else min(self._policy.min_replicas, self._num_wanted)
 
     def _begin_if_enough(self) -> list[Action]:
-        """Leases for those that waited, where this replica was the last that was waited for."""
+        """Leases for those that waited, where no other replica is waited for any more."""
         if self.num_ready < self._num_needed:
             return []
         self._restarts.note_enough()

@@ -488,6 +488,13 @@ def test_when_nodes_leave_only_who_waits_for_one_is_taken_back():
     assert dispatcher.on_replica_lost(1, Loss.NODE, "gone", 2.0) == []
 
 
+def test_when_nodes_leave_those_left_begin_without_the_ones_waited_for():
+    dispatcher = make(num_units=10, num_replicas=2, min_replicas=2, max_leases=1)
+    dispatcher.start(0.0)
+    assert dispatcher.on_replica_ready(0, 1.0) == []
+    assert [lease.replica_id for lease in of(Lease, dispatcher.on_target(1))] == [0]
+
+
 def test_more_replicas_may_die_and_be_silent_for_longer_once_it_has_grown():
     dispatcher, _ = started(num_units=4000, num_replicas=1)
     dispatcher.on_target(500)
