@@ -29,6 +29,7 @@ import torch
 from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, lockstep, packing
+from b2batch.engine.calibration import Calibration
 from b2batch.engine.deduplication import Deduplicator
 from b2batch.engine.engine import Engine
 from b2batch.engine.heap import keep_freed_memory, return_freed_memory
@@ -110,7 +111,7 @@ def make_worker(args: WorkerArgs) -> Worker:
     if num_ranks > 1:
         lockstep.start_followers(num_ranks, _follow, args.spec)
     loaded = _load(args.spec, rank=0)
-    return Worker(args, loaded, make_engine(args.spec, loaded))
+    return Worker(args, loaded, make_engine(args.spec, loaded, calibrates=True))
 
 
 def _load(spec: JobSpec, rank: int) -> LoadedModel:
@@ -128,10 +129,17 @@ def _follow(rank: int, num_ranks: int, store: Path, spec: JobSpec) -> None:
     lockstep.repeat_forever(make_engine(spec, _load(spec, rank), Engine))
 
 
-def make_engine(spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] | None = None) -> Engine:
+def make_engine(
+    spec: JobSpec,
+    loaded: LoadedModel,
+    engine_class: type[Engine] | None = None,
+    *,
+    calibrates: bool = False,
+) -> Engine:
     """An engine for a loaded model, with its limits settled and its arithmetic checked.
 
-    In a replica of several processes it leads the others, unless a class is given.
+    In a replica of several processes it leads the others, unless a class is given. With ``calibrates``
+    what is ``auto`` of a step's size is settled by timing a few, in up to a second or two.
     """
     is_split = spec.engine.tensor_parallel_size > 1
     if spec.engine.kv_cache_dtype != "auto":
@@ -151,17 +159,24 @@ def make_engine(spec: JobSpec, loaded: LoadedModel, engine_class: type[Engine] |
     if is_split:
         limits = lockstep.agree(limits)
     vocab_size = loaded.model.config.get_text_config().vocab_size
-    engine = (engine_class or (lockstep.LeadingEngine if is_split else Engine))(
+    new_engine = partial(
+        engine_class or (lockstep.LeadingEngine if is_split else Engine),
         loaded.model,
-        limits,
         max_model_len=codec.max_model_len,
         stop_token_ids=codec.stop_token_ids,
         decode=codec.tokenizer.decode,
         make_vocabulary=partial(codec.tokenizer.grammar_vocabulary, vocab_size, codec.stop_token_ids),
     )
+    engine = new_engine(limits)
     guard.check_runner(engine.runner, expected)
     if is_int8:  # after the check, whose tolerance is that of exact products
         packing.pack_linears(loaded.model, int8=True)
+    calibration = Calibration(loaded.model, codec.max_model_len, device)
+    if calibrates and spec.task == "generate" and calibration.is_wanted(spec.engine):
+        del engine  # its arena has the memory that the trial needs
+        settled = calibration.settle(spec.engine)
+        limits = resolve_limits(settled, loaded.model, codec.max_model_len, device)
+        engine = new_engine(limits)
     logger.info(
         "engine ready: %d sequences, %d tokens a step, %d tokens of KV",
         limits.max_num_seqs,
@@ -182,6 +197,10 @@ class Worker:
         self._store = open_store(args.output_uri, args.run_id)
         self._answers = make_reader(args.spec, self._encoder, engine, loaded.codec.tokenizer)
         self._engine = Deduplicator(engine) if args.spec.dedup else engine
+        self._step_size = {
+            "max_num_seqs": engine.limits.max_num_seqs,
+            "max_num_batched_tokens": engine.limits.max_num_batched_tokens,
+        }
         hidden_size = loaded.model.config.get_text_config().hidden_size
         self._schema = output_schema(args.input_schema, args.spec, hidden_size)
         self._open: dict[int, _OpenUnit] = {}
@@ -412,5 +431,5 @@ class Worker:
             epoch=self._args.epoch,
             attempt=attempt,
             worker_id=self._worker_id,
-            provenance=self._args.provenance,
+            provenance={**self._args.provenance, "step": self._step_size},
         )

@@ -77,7 +77,7 @@ def _run_engine(spec: JobSpec) -> dict[str, Any]:
     """All rows queued, as fast as one engine answers them."""
     torch.set_num_threads(1)
     loaded = load_model(spec.model)
-    engine = make_engine(spec, loaded)
+    engine = make_engine(spec, loaded, calibrates=True)
     encoder = RowEncoder(spec, loaded.codec, loaded.checkpoint.generation_config)
     with open(str(spec.input.path[0]), encoding="utf-8") as file:
         rows = [PromptRow(f"0:{i}", b"", json.loads(line)) for i, line in enumerate(file)]

@@ -110,6 +110,11 @@ class Engine:
         return self._scheduler.has_work
 
     @property
+    def limits(self) -> Limits:
+        """As the engine was made; ``shrink`` changes what holds at the moment."""
+        return self._full_limits
+
+    @property
     def max_num_seqs(self) -> int:
         """Sequences that the batch holds at most."""
         return self._scheduler.limits.max_num_seqs
