@@ -139,7 +139,7 @@ def make_engine(
     """An engine for a loaded model, with its limits settled and its arithmetic checked.
 
     In a replica of several processes it leads the others, unless a class is given. With ``calibrates``
-    what is ``auto`` of a step's size is settled by timing a few, in up to a second or two.
+    what is ``auto`` of a step's size is settled by timing a few.
     """
     is_split = spec.engine.tensor_parallel_size > 1
     if spec.engine.kv_cache_dtype != "auto":

@@ -10,6 +10,7 @@ import torch
 from b2batch.errors import ReplicaSuspect, StorageFull
 from b2batch.job import prepare_job
 from b2batch.models.loading import load_model
+from b2batch.outputs.footer import read_footer
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
 from b2batch.rows import Caution, CondemnedRow, PieceBegun
@@ -75,6 +76,15 @@ def test_reviews_come_back_labelled_in_one_part_a_unit(tmp_path, loaded):
     assert {row["finish_reason"] for row in rows.values()} == {"stop"}
     assert [report.counts.num_ok for report in sorted(reports, key=lambda r: r.unit_index)] == [3, 1]
     assert worker.progress().num_rows == 4
+
+
+def test_a_part_tells_the_size_of_the_steps_that_made_it(tmp_path, loaded):
+    spec = make_spec(tmp_path, [{"text": text} for text in REVIEWS], engine={"max_num_seqs": 3})
+    work(spec, loaded)
+    footers = [read_footer(part.read_bytes()) for part in (tmp_path / "out").glob("part-*.parquet")]
+    assert [footer.provenance for footer in footers] == [
+        {"step": {"max_num_seqs": 3, "max_num_batched_tokens": 1024}}
+    ] * 2
 
 
 def test_a_bad_row_costs_only_itself(tmp_path, loaded):

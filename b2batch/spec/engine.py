@@ -10,7 +10,7 @@ from b2batch.spec.section import Section
 
 
 class EngineSpec(Section):
-    """What a replica's engine may use. ``auto`` measures the memory that is there."""
+    """What a replica's engine may use. ``auto`` measures what memory is there, and which steps are fast."""
 
     max_num_seqs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     max_num_batched_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

@@ -38,7 +38,7 @@ class Clock:
         self.computes = False
         self.now_s = 0.0
         self.sizes: list[int] = []
-        self.fixed_s, self.row_s = 0.01, 0.0001
+        self.fixed_s, self.row_s = 0.005, 0.00005
 
     def perf_counter(self) -> float:
         return self.now_s
