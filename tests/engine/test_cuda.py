@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from b2batch.bench.random_model import build
+from b2batch.engine.calibration import Calibration
 from b2batch.engine.cuda_attention import CudaAttention, HeadShape, is_right
 from b2batch.engine.cuda_runner import CudaRunner, head_shape, make_runner
 from b2batch.engine.flash_attention import FlashPlan, torch_flash
@@ -19,7 +20,7 @@ from b2batch.engine.sampling import sample
 from b2batch.engine.sequence import Sequence
 from b2batch.models.baichuan import wide_linear
 from b2batch.models.loading import load_model
-from b2batch.spec import ModelSpec, SamplingSpec
+from b2batch.spec import EngineSpec, ModelSpec, SamplingSpec
 from engine.serving import engine_of, serve
 from engine.test_cuda_runner import KINDS, MAX_SEQS, decode_step, random_model, requests
 
@@ -66,6 +67,16 @@ def test_replayed_steps_equal_the_cpus(kind: str) -> None:
         found = on_gpu.run(decode_step(on_gpu, num_rows)).cpu()
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     assert on_gpu.num_graphs > 0
+
+
+def test_a_trial_settles_both_numbers_and_leaves_no_memory() -> None:
+    model = random_model("rotary").to(GPU)
+    Calibration(model, ARENA, GPU).settle(EngineSpec())  # what CUDA keeps for itself is there now
+    before = torch.cuda.memory_allocated()
+    settled = Calibration(model, ARENA, GPU).settle(EngineSpec())
+    assert settled.max_num_seqs in (256, 512, 1024)
+    assert settled.max_num_batched_tokens in (8192, 16384, 32768)
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
