@@ -49,7 +49,7 @@ class _Method:
     arena_bytes: int  # more than the caches hold, so that keys come from memory as they do in a job
 
 
-# Prompts run as fast on a CPU in steps of 512 tokens as in steps of 4,096: nothing to be found.
+# Prompts run about as fast on a CPU in steps of 512 tokens as in steps of 4,096: nothing to be found.
 _CPU = _Method(("max_num_seqs",), num_warmups=1, budget_s=0.4, arena_bytes=64 << 20)
 # A graph of decoding is recorded at the fourth step of its shape.
 _CUDA = _Method(("max_num_seqs", "max_num_batched_tokens"), num_warmups=5, budget_s=3.0, arena_bytes=4 << 30)
