@@ -51,7 +51,7 @@ def answers(directory: Path, texts: list[str], **sections: Any) -> list[str]:
         input={"rows_per_unit": 8},
         prompt={"column": "text", "chat": False},
         sampling={"max_tokens": 6, "ignore_eos": True},
-        engine={"max_num_batched_tokens": 8192, "enable_prefix_caching": False},
+        engine={"max_num_seqs": 64, "max_num_batched_tokens": 8192, "enable_prefix_caching": False},
         **sections,
     )
     ended = b2batch("run", job)
