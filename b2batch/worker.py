@@ -30,6 +30,7 @@ from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
 from b2batch.engine import guard, lockstep, packing
 from b2batch.engine.calibration import Calibration
+from b2batch.engine.cpu_layers import fuse_layers
 from b2batch.engine.deduplication import Deduplicator
 from b2batch.engine.engine import Engine
 from b2batch.engine.heap import keep_freed_memory, return_freed_memory
@@ -155,6 +156,7 @@ def make_engine(
     device = next(loaded.model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
+        fuse_layers(loaded.model)
     limits = resolve_limits(spec.engine, loaded.model, codec.max_model_len, device)
     if is_split:
         limits = lockstep.agree(limits)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from b2batch.engine.calls import Calls, DecodeCall, OwnCall, PrefixCall
-from b2batch.engine.cpu_decode import decode_attention
+from b2batch.engine.cpu_attention import decode_attention, prefill_attention
 
 ATTENTION_NAME = "b2batch"
 
@@ -95,9 +95,8 @@ def arena_attention(
     out_TQD = torch.empty_like(query_TQD, memory_format=torch.contiguous_format)
     out_TQD[len(step.slots) :] = 0
     lse_TQ = query_TQD.new_empty(query_TQD.shape[:2], dtype=torch.float32)
-    for own in step.calls.own:
-        rows = slice(own.query, own.query + own.num_queries)
-        out_TQD[rows], lse_TQ[rows] = layer.attend_own(own, query_TQD[rows])
+    if step.calls.own:
+        layer.attend_own(step.calls.own, query_TQD, out_TQD, lse_TQ)
     if step.calls.decode is not None:
         layer.attend_decode(step.calls.decode, query_TQD, out_TQD, lse_TQ)
     for prefix in step.calls.prefix:
@@ -126,6 +125,10 @@ class _Spans:
         return cls(torch.tensor(call.queries), spans)
 
 
+def _chunk_array(calls: tuple[OwnCall, ...]) -> NDArray[np.int64]:
+    return np.array([(call.query, call.num_queries, call.key, call.num_past) for call in calls])
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer's keys and values, both (arena tokens, K, D), and how scores are made of them."""
@@ -136,7 +139,21 @@ class _Layer:
     scaling: float
     slopes: Tensor | None
 
-    def attend_own(self, call: OwnCall, query_TQD: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_own(
+        self, calls: tuple[OwnCall, ...], query_TQD: Tensor, out_TQD: Tensor, lse_TQ: Tensor
+    ) -> None:
+        """Causal attention of chunks to their spans."""
+        if self.keys.is_cpu and self.keys.dtype == torch.float32:
+            chunks = self.step.once(calls, lambda: _chunk_array(calls))
+            prefill_attention(
+                query_TQD, self.keys, self.values, chunks, self.slopes, self.scaling, out_TQD, lse_TQ
+            )
+            return
+        for call in calls:
+            rows = slice(call.query, call.query + call.num_queries)
+            out_TQD[rows], lse_TQ[rows] = self._attend_chunk(call, query_TQD[rows])
+
+    def _attend_chunk(self, call: OwnCall, query_TQD: Tensor) -> tuple[Tensor, Tensor]:
         """Causal attention of the newest T tokens of a span to all S of it: out (T, Q, D), lse (T, Q)."""
         span = slice(call.key, call.key + call.num_keys)
         is_causal = call.num_queries > 1

@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.in_features = weight.shape[1]
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = bias
 

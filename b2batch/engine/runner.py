@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from b2batch.engine import attention
 from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
-from b2batch.engine.cpu_decode import compile_kernel
+from b2batch.engine.cpu_attention import compile_kernels
 from b2batch.engine.kv import Span
 from b2batch.engine.last_layer import LastLayer
 from b2batch.engine.scheduler import Chunk, Move, Step
@@ -37,7 +37,7 @@ class Runner:
         shape = KVShape.of(model)
         self._joins_decodes = self.device.type == "cpu" and shape.dtype == torch.float32
         if self._joins_decodes:
-            compile_kernel()
+            compile_kernels(shape.head_dim)
         self.caches = [
             (shape.arena(kv_cache_tokens, device), shape.arena(kv_cache_tokens, device)) for device in layers
         ]

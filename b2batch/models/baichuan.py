@@ -129,6 +129,11 @@ def rotate(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     return turned.to(x_BHTD.dtype)
 
 
+def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotate`` for queries and keys, by the name that transformers' models have for it."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -207,7 +212,7 @@ class BaichuanAttention(nn.Module):
         packed = self.W_pack(hidden).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, _ = self._attend()(
