@@ -5,7 +5,7 @@
     finish     the last commit, the account, the end of Ray
 
 The engine's loop has its rows in memory and its tokenizer beside it: what a job costs beyond that is
-reading, Ray, Arrow and the commit.
+reading, Ray, Arrow and the commit. Both have the same batch, so that they run the same steps.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def _spec(document: Mapping[str, Any]) -> JobSpec:
             "prompt": {"template": _TEMPLATE},
             "sampling": {"max_tokens": document["max_tokens"], "ignore_eos": True},
             "output": {"path": document["output"]},
+            "engine": {"max_num_seqs": 64},
             "cluster": {"replicas": document["replicas"] or 1},
         }
     )
@@ -77,7 +78,7 @@ def _run_engine(spec: JobSpec) -> dict[str, Any]:
     """All rows queued, as fast as one engine answers them."""
     torch.set_num_threads(1)
     loaded = load_model(spec.model)
-    engine = make_engine(spec, loaded, calibrates=True)
+    engine = make_engine(spec, loaded)
     encoder = RowEncoder(spec, loaded.codec, loaded.checkpoint.generation_config)
     with open(str(spec.input.path[0]), encoding="utf-8") as file:
         rows = [PromptRow(f"0:{i}", b"", json.loads(line)) for i, line in enumerate(file)]

@@ -38,8 +38,8 @@ _LEAST_EXPONENT, _EXPONENT_BIAS, _MANTISSA_BITS = np.float32(-126), np.float32(1
 def _softmax(scores_S, num_keys, powers_S):  # type: ignore[no-untyped-def]
     """The first ``num_keys`` scores → their weights, the others → 0; returns the log-sum-exp.
 
-    exp(x) = 2ⁿ · exp(r), |r| ≤ ln 2 / 2: a power of two made from its bits, and a polynomial that is
-    7e-8 off; both run in vectors, which the C library's exp does not. ``powers_S`` is room for the bits.
+    exp(x) = 2ⁿ · exp(r), |r| ≤ ln 2 / 2: a power of two made from its bits, and a polynomial. Both run in
+    vectors, which the C library's exp does not, and are 1e-6 off at most. ``powers_S`` is room for the bits.
     """
     largest = scores_S[0]
     for s in range(1, num_keys):
