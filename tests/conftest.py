@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # torch is for the tests that ask for these fixtures
     from golden import Golden
@@ -17,6 +18,10 @@ POISON = "☠ this row ends the process ☠"  # on ray_cluster
 
 if not Path("/dev/nvidiactl").exists():  # without a GPU its kernels run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+# No deadline: a busy machine is slow without fault. A failure that CI saw can be made again from its log.
+settings.register_profile("suite", deadline=None, print_blob=True)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

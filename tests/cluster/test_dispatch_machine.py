@@ -307,5 +307,5 @@ class DispatchWorld(RuleBasedStateMachine):
             self.deliver(replica_id)
 
 
-DispatchWorld.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+DispatchWorld.TestCase.settings = settings(max_examples=400, stateful_step_count=60)
 TestDispatchWorld = DispatchWorld.TestCase

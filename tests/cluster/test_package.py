@@ -64,7 +64,7 @@ def test_a_job_is_the_same_run_there(path: Path) -> None:
     assert (sent.engine, sent.errors, sent.input.limit) == (spec.engine, spec.errors, spec.input.limit)
 
 
-@settings(max_examples=30, deadline=None)  # each unpacks a zip
+@settings(max_examples=30)  # each unpacks a zip
 @given(
     st.text(),
     st.text(),

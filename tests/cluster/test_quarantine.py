@@ -1,6 +1,6 @@
 """The search for rows that take replicas down: which attempts it takes, whom it condemns."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from b2batch.cluster.quarantine import Quarantine
@@ -34,7 +34,6 @@ def test_one_row_of_256_costs_four_replicas():
     assert num_attempts == 4, "and the death that started the search: four deaths, five attempts"
 
 
-@settings(deadline=None)
 @given(st.integers(1, 600), st.data())
 def test_exactly_the_poison_is_condemned_within_a_bound(num_rows, data):
     poison = data.draw(st.sets(st.integers(0, num_rows - 1), max_size=6))
@@ -43,7 +42,6 @@ def test_exactly_the_poison_is_condemned_within_a_bound(num_rows, data):
     assert num_attempts <= 1 + 5 * len(poison)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.sets(st.integers(1, 400), max_size=8))
 def test_bad_luck_condemns_nobody_unless_it_strikes_a_lone_row_twice_running(num_rows, luck):
     luck = {strike for strike in luck if strike + 1 not in luck}

@@ -156,7 +156,7 @@ def planned(layout: Layout) -> tuple[list[Step], list[list[int]]]:
     return steps, texts
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(layout=layouts())
 def test_any_layout_gives_the_logits_of_plain_attention(layout: Layout) -> None:
     model, runner = models(layout.shape)

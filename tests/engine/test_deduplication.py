@@ -101,7 +101,7 @@ def test_each_row_of_a_sampled_job_has_a_draw_of_its_own() -> None:
     assert len(finish(engine)) == inner.num_run == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000))
 def test_nothing_is_lost_whatever_is_cancelled(seed) -> None:
     """Every request is answered once, with its own prompt, unless it was cancelled or did not fit."""

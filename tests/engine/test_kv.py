@@ -111,7 +111,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArena = ArenaMachine.TestCase
-TestArena.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestArena.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_the_least_recently_used_prefix_gives_way() -> None:

@@ -132,14 +132,14 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batch=st.lists(rows(), min_size=1, max_size=5))
 def test_tokens_are_those_of_the_slow_reference(batch: list[Row]) -> None:
     for row, token in zip(batch, draw(batch), strict=True):
         assert is_a_tie(row) or token == expected_token(row)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batch=st.lists(rows(), min_size=2, max_size=5))
 def test_a_row_does_not_depend_on_its_neighbours(batch: list[Row]) -> None:
     together = draw(batch)

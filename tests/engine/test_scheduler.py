@@ -126,7 +126,7 @@ def give_token(chunk: Chunk, answers: dict[Sequence, int]) -> Sequence | None:
     return owner if owner.num_generated == answers[owner] else None
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(load=loads())
 def test_any_load_ends_with_every_key_in_its_place(load: Load) -> None:
     play(load)

@@ -50,7 +50,7 @@ def test_seeded_schedules_keep_every_row_once() -> None:
     assert run_seeds(NUM_SEEDS).keys() == KINDS, "each kind of fault has come"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(random=st.randoms(use_true_random=False))
 def test_any_schedule_keeps_every_row_once(random: Random) -> None:
     World(random).run(60)

@@ -127,7 +127,7 @@ class GrowingInput(RuleBasedStateMachine):
         assert len(set(row_ids)) == len(row_ids)
 
 
-GrowingInput.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+GrowingInput.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestGrowingInput = GrowingInput.TestCase
 
 

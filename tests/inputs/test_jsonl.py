@@ -19,7 +19,7 @@ from b2batch.spec import InputSpec
 
 from .reading import COMPRESSORS, read_all
 
-QUIET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 scalars = st.one_of(
     st.none(),

@@ -22,7 +22,7 @@ from b2batch.spec import InputSpec
 from .reading import read_all
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.text(), max_size=40),
     st.integers(1, 12),

@@ -188,7 +188,7 @@ def real_grammars(real_tokenizer: BaichuanTokenizer) -> Grammars:
     return Grammars(lambda: real_tokenizer.grammar_vocabulary(125_696, {2}), 125_696)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data(), name=st.sampled_from(sorted(SCHEMAS)))
 def test_whatever_the_real_vocabulary_may_write_fits(real_grammars, real_tokenizer, data, name) -> None:
     """Tokens drawn at random from what the masks of the 125,696 pieces allow."""

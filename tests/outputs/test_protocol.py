@@ -164,5 +164,5 @@ class Protocol(RuleBasedStateMachine):
         assert document["rows"]["ok"] + document["rows"]["error"] == 6
 
 
-Protocol.TestCase.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+Protocol.TestCase.settings = settings(max_examples=50, stateful_step_count=25)
 TestProtocol = Protocol.TestCase

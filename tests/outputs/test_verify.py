@@ -56,7 +56,7 @@ def test_unfinished_run(finished: MemoryStore) -> None:
     assert proof(finished).problems == (f"{SUCCESS} is missing: the run is not finished",)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_flipped_bit_is_found(data: st.DataObject) -> None:
     store = MemoryStore()

@@ -35,7 +35,7 @@ def expanded_by_kubernetes(argument: str) -> str:
     return argument.replace("$$", "$")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_systemd(arguments: list[str]) -> None:
     service = rendered(Kind.SYSTEMD, with_arguments(arguments))["label-reviews.service"]
@@ -44,7 +44,7 @@ def test_systemd(arguments: list[str]) -> None:
     assert unquoted_by_systemd(line) == EXPECTED + arguments
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_cron(arguments: list[str]) -> None:
     job = with_arguments(arguments)
@@ -60,7 +60,7 @@ def test_cron(arguments: list[str]) -> None:
         assert shlex.split(command) == EXPECTED + arguments
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_kubernetes(arguments: list[str]) -> None:
     manifest = yaml.safe_load(
@@ -71,7 +71,7 @@ def test_kubernetes(arguments: list[str]) -> None:
     assert [expanded_by_kubernetes(argument) for argument in container["args"]] == EXPECTED + arguments
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_ray_job(arguments: list[str]) -> None:
     files = rendered(Kind.RAY_JOB, with_arguments(arguments))
@@ -82,7 +82,7 @@ def test_ray_job(arguments: list[str]) -> None:
     assert found[5 + len(arguments) :] == ["--address", "auto", "||", "test", "$?", "-eq", "99"]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_slurm(arguments: list[str]) -> None:
     script = rendered(Kind.SLURM, with_arguments(arguments))["label-reviews.sbatch"]
@@ -91,7 +91,7 @@ def test_slurm(arguments: list[str]) -> None:
     assert shlex.split(line) == EXPECTED + arguments
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(words)
 def test_airflow(arguments: list[str]) -> None:
     operator = load_dag(rendered(Kind.AIRFLOW, with_arguments(arguments))["label-reviews.py"]).operator
@@ -114,7 +114,7 @@ def test_line_too_long_for_cron_is_refused() -> None:
         rendered(Kind.CRON, with_arguments(["x" * 1000]))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(st.characters(blacklist_categories=("C", "Z")), min_size=1))
 def test_directory_of_a_unit(name: str) -> None:
     directory = f"/srv/{name}"

@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 
 import pytest
 from cronsim import CronSim, CronSimError
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from b2batch.errors import CallerError
@@ -29,7 +29,6 @@ def fields(draw: st.DrawFn, low: int, high: int) -> str:
 expressions = st.tuples(*(fields(low, high) for low, high in LIMITS)).map(" ".join)
 
 
-@settings(deadline=None)
 @given(expressions)
 def test_expression_in_numbers_means_the_same(text: str) -> None:
     try:
@@ -77,7 +76,6 @@ def test_what_is_not_read_alike_is_refused(text: str, reason: str) -> None:
     assert refused.value.exit_code == 2
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_are_the_numbers(numbers: set[int]) -> None:
     found = list(ranges(numbers))

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from b2batch.errors import SpecError
@@ -28,7 +28,6 @@ def utc(tick: Tick) -> datetime:
 
 
 @given(st.sampled_from(CRONS), st.sampled_from(ZONES), instants | changes)
-@settings(deadline=None)
 def test_the_tick_that_is_due_is_the_last_one_that_is_not_later(cron: str, zone: str, now: datetime) -> None:
     read = parse_cron(cron)
     due = latest_tick(read, ZoneInfo(zone), now)
@@ -40,7 +39,6 @@ def test_the_tick_that_is_due_is_the_last_one_that_is_not_later(cron: str, zone:
 
 
 @given(st.sampled_from(CRONS[:6]), st.sampled_from(ZONES), instants | changes)
-@settings(deadline=None)
 def test_a_tick_is_found_again_by_its_text_and_by_the_one_after_it(
     cron: str, zone: str, now: datetime
 ) -> None:
