@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from b2batch.errors import B2BatchError
-    from b2batch.job import JobProgress, JobResult, RunOptions, run_job
+    from b2batch.job import JobResult, RunOptions, run_job
+    from b2batch.logbook import JobProgress
     from b2batch.spec import JobSpec, load_spec, parse_spec
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "B2BatchError": "b2batch.errors",
-    "JobProgress": "b2batch.job",
+    "JobProgress": "b2batch.logbook",
     "JobResult": "b2batch.job",
     "RunOptions": "b2batch.job",
     "run_job": "b2batch.job",

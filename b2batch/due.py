@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 
 from b2batch.errors import CallerError, NothingToDo, SpecError
-from b2batch.job import open_output
 from b2batch.outputs.run import RunDirectory
 from b2batch.planning import stored_plan
+from b2batch.preflight import open_output
 from b2batch.spec import JobSpec
 from b2batch.ticks.tick import Tick, last_ticks, mentions_tick
 

@@ -11,11 +11,11 @@ from b2batch.encoding import EncodedRow, RowEncoder
 from b2batch.engine.memory_plan import MemoryFit, MemoryPlan
 from b2batch.errors import IntegrityError, OutputError, RowError, RowFault
 from b2batch.inputs.sample import spread_rows
-from b2batch.job import PreparedJob, prepare_job
 from b2batch.models.facts import ModelFacts, model_facts
 from b2batch.outputs.drift import check_drift
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
+from b2batch.preflight import PreparedJob, prepare_job
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec
 

@@ -12,9 +12,9 @@ from b2batch.errors import RowError
 from b2batch.inputs.plan import make_plan
 from b2batch.inputs.prompts import Prompt
 from b2batch.inputs.sample import first_rows
-from b2batch.job import check_schema
 from b2batch.models.checkpoint import open_checkpoint
 from b2batch.models.families import family_of
+from b2batch.preflight import check_schema
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec
 

@@ -13,7 +13,6 @@ from b2batch.inputs.files import InputFile
 from b2batch.inputs.plan import Plan
 from b2batch.inputs.unit_reader import UnitReader
 from b2batch.inputs.version import stored_version
-from b2batch.job import prepare_job
 from b2batch.outputs.drift import check_drift
 from b2batch.outputs.footer import digest_rows
 from b2batch.outputs.run import RunDirectory
@@ -21,6 +20,7 @@ from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
 from b2batch.outputs.verify import RowsDigest, VerifyReport, verify
 from b2batch.planning import stored_plan
+from b2batch.preflight import prepare_job
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec, JobSpec, parse_spec
 

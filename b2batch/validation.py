@@ -15,12 +15,12 @@ from b2batch.estimate import encode_row
 from b2batch.inputs.listing import list_files
 from b2batch.inputs.plan import make_plan
 from b2batch.inputs.sample import first_rows
-from b2batch.job import check_schema
 from b2batch.models.checkpoint import open_checkpoint
 from b2batch.models.facts import ModelFacts, model_facts
 from b2batch.models.families import family_of
 from b2batch.notify.delivery import check_webhooks
 from b2batch.outputs.store import open_store
+from b2batch.preflight import check_schema
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec
 

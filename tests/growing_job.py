@@ -26,7 +26,7 @@ from b2batch.outputs.lease import LEASE_TTL_S
 from b2batch.outputs.store import LocalStore, Store, open_store
 from b2batch.rows import WorkUnit
 from b2batch.spec import JobSpec, parse_spec
-from b2batch.worker import Worker, make_engine
+from b2batch.worker import Worker, WorkerArgs, make_engine
 
 
 class Crash(BaseException):
@@ -85,7 +85,7 @@ class Machine:
         if self._loaded is None:
             loaded = load_model(run._job.spec.model)
             self._loaded = loaded, make_engine(run._job.spec, loaded)
-        labeller = Worker(run._worker_args(), *self._loaded)
+        labeller = Worker(WorkerArgs(**run._worker_args()), *self._loaded)
         for unit in pending:
             run._note_waiting()
             labeller.add_unit(unit, attempt=1)

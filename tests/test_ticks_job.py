@@ -13,11 +13,11 @@ from growing_job import Crash, Machine, age_lease, labels, make_spec, read, writ
 from b2batch.compaction import compact_output
 from b2batch.due import ticks_to_run
 from b2batch.errors import DriftError, InputError, NothingToDo, RunLocked, SpecError
-from b2batch.job import prepare_job
 from b2batch.outputs.overview import overview
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
 from b2batch.planning import stored_plan
+from b2batch.preflight import prepare_job
 from b2batch.proof import verify_job, verify_output
 
 FIRST_DAY = datetime(2026, 10, 10, 18, 1, tzinfo=UTC)  # a minute past 02:00 in Shanghai

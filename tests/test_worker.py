@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from b2batch.errors import ReplicaSuspect, StorageFull
-from b2batch.job import prepare_job
 from b2batch.models.loading import load_model
 from b2batch.outputs.footer import read_footer
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
+from b2batch.preflight import prepare_job
 from b2batch.rows import Caution, CondemnedRow, PieceBegun
 from b2batch.spec import ModelSpec, parse_spec
 from b2batch.worker import Worker, WorkerArgs, make_engine

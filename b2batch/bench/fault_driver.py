@@ -12,18 +12,17 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from b2batch import worker
+from b2batch import job
 from b2batch.bench.fault_scratch import HOLD_VARIABLE, ledger_in, release_in, switch_in, token_in
 from b2batch.outputs.parts import commit_part
-from b2batch.worker import WorkerArgs
+from b2batch.worker_start import start_worker
 
 _POLL_S = 0.05
-_make_worker = worker.make_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,15 @@ class CountedWorkers:
     scratch: Path
     holds: bool = False
 
-    def __call__(self, args: WorkerArgs) -> Any:
+    def __call__(self, args: Mapping[str, Any]) -> Any:
         """Plant and make one, in the replica's process."""
         switch_in(self.scratch).plant()
+        made = start_worker(args)
         if self.holds:
+            from b2batch import worker
+
             vars(worker)["commit_part"] = _held(commit_part, self.scratch)
-        return _CountedWorker(_make_worker(args), ledger_in(self.scratch, os.getpid()))
+        return _CountedWorker(made, ledger_in(self.scratch, os.getpid()))
 
 
 def _held(commit: Callable[..., Any], scratch: Path) -> Callable[..., Any]:
@@ -82,7 +84,7 @@ def main() -> None:
     """Plant, then be ``b2batch``."""
     scratch = Path(sys.argv[1])
     switch_in(scratch).plant()
-    worker.make_worker = CountedWorkers(scratch, HOLD_VARIABLE in os.environ)
+    vars(job)["start_worker"] = CountedWorkers(scratch, HOLD_VARIABLE in os.environ)
     sys.argv = ["b2batch", *sys.argv[2:]]
     runpy.run_module("b2batch", run_name="__main__")
 

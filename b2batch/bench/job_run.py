@@ -20,7 +20,8 @@ import torch
 from b2batch.bench.child import cpu_s
 from b2batch.bench.peer_engine import Occupancy
 from b2batch.encoding import RowEncoder
-from b2batch.job import JobProgress, RunOptions, run_job
+from b2batch.job import RunOptions, run_job
+from b2batch.logbook import JobProgress
 from b2batch.models.loading import load_model
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec, parse_spec

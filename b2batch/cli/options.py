@@ -84,7 +84,7 @@ def output_path(target: str) -> str:
     """The output directory that an ``OUT|JOB.yaml`` argument means."""
     if not is_job_file(target):
         return target
-    from b2batch.job import open_output
+    from b2batch.preflight import open_output
     from b2batch.spec import load_spec
 
     return open_output(of_now(load_spec(target))).uri

@@ -14,7 +14,7 @@ from b2batch.telemetry import Rate, eta_s
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from b2batch.job import JobProgress
+    from b2batch.logbook import JobProgress
 
 LINE_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 30.0

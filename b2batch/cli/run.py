@@ -182,9 +182,9 @@ def _standing(spec: JobSpec, result: JobResult | None, error: B2BatchError | Non
     """How the output stands now; None where it is not this run's, or nothing stands there."""
     if isinstance(error, (CallerError, IntegrityError, RunLocked)):
         return None
-    from b2batch.job import open_output
     from b2batch.outputs.overview import overview
     from b2batch.outputs.store import open_store
+    from b2batch.preflight import open_output
 
     try:
         return overview(open_store(result.output) if result else open_output(spec), datetime.now(UTC))

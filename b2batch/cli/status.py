@@ -80,7 +80,7 @@ def _standing(client: JobsClient, job: SubmittedJob) -> tuple[int | None, Overvi
 
 def _open(target: str) -> Store:
     if is_job_file(target):
-        from b2batch.job import open_output
+        from b2batch.preflight import open_output
         from b2batch.spec import load_spec
 
         return open_output(of_now(load_spec(target)))

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from b2batch.inputs.unit_reader import UnitReader
-from b2batch.job import prepare_job
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.parts import PartOrigin, commit_part, encode_part
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.status import RunState, Status, write_status
 from b2batch.outputs.store import Store, open_store
+from b2batch.preflight import prepare_job
 from b2batch.rows import FinishReason, Generation, ResultRow, Sample
 from b2batch.spec import load_spec
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from b2batch.cli.progress import LINE_INTERVAL_S, LineView, LiveView, open_view
-from b2batch.job import JobProgress
+from b2batch.logbook import JobProgress
 from b2batch.telemetry import Progress
 
 

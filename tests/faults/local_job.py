@@ -10,10 +10,10 @@ from typing import Any
 from b2batch.assets import REVIEWS_SAMPLE
 from b2batch.cluster.driver import RunHooks, RunTotals, run_units
 from b2batch.cluster.policy import DispatchPolicy
-from b2batch.job import PreparedJob, prepare_job
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
+from b2batch.preflight import PreparedJob, prepare_job
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, parse_spec
 from b2batch.worker import WorkerArgs

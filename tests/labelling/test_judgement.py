@@ -16,10 +16,10 @@ from sklearn import metrics as sk
 
 from b2batch.cli.overview import metrics_facts
 from b2batch.errors import SpecError
-from b2batch.job import prepare_job
 from b2batch.labelling.metrics import Tally, expected_calibration_error
 from b2batch.labelling.votes import majority
 from b2batch.outputs.schema import voted_type
+from b2batch.preflight import prepare_job
 from labelling.running import REVIEWS, make_spec, run
 
 LABELS = ["正面", "负面"]

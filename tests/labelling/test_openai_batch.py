@@ -15,10 +15,10 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 
 from b2batch.errors import OutputError, SpecError
 from b2batch.export import export_openai
-from b2batch.job import prepare_job
 from b2batch.outputs.finalise import finalise
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
+from b2batch.preflight import prepare_job
 from b2batch.spec import JobSpec, parse_spec
 from labelling.running import REVIEW_TEMPLATE, REVIEWS, run
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from b2batch.errors import SpecError
-from b2batch.job import prepare_job
+from b2batch.preflight import prepare_job
 from b2batch.spec import parse_spec
 from labelling.running import REVIEW_TEMPLATE, REVIEWS, make_spec, run
 

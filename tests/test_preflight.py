@@ -3,8 +3,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from b2batch.job import prepare_job
 from b2batch.models.checkpoint import open_checkpoint
+from b2batch.preflight import prepare_job
 from b2batch.spec import ModelSpec, parse_spec
 
 
