@@ -50,10 +50,10 @@ def break_(
     Exit codes: 0 broken, or free already; 1 not confirmed; 2 no run is there; 99 its holder is alive.
     """
     log_to_stderr(verbose)
-    from b2batch.outputs.lock import break_lock, find_lock
+    from b2batch.outputs.lock import break_lock, find_lock_to_break
 
     path = output_path(target)
-    found = find_lock(path)
+    found = find_lock_to_break(path)
     if not as_json:
         print_facts(_facts(found))
     broken_by = None

@@ -63,12 +63,12 @@ def _show_submitted(target: str, address: str, as_json: bool) -> None:
 
 def _standing(client: JobsClient, job: SubmittedJob) -> tuple[int | None, Overview | None, str]:
     """The job's exit code once it ended, its run as seen from here, and why it is not seen."""
-    from b2batch.cluster.submission import end_line, exit_code_of, output_of
+    from b2batch.cluster.submission import exit_code_of, output_of
     from b2batch.outputs.overview import overview
     from b2batch.outputs.store import open_store
 
     log = client.logs(job.submission_id)
-    code = exit_code_of(job, end_line(log)) if job.has_ended else None
+    code = exit_code_of(job, log)
     output = output_of(job, log)
     if output is None:
         return code, None, "its log names no run yet"

@@ -25,7 +25,7 @@ def stop(
     What was committed stays; submitting the job again goes on from there.
     """
     log_to_stderr(verbose)
-    from b2batch.cluster.submission import end_line, exit_code_of
+    from b2batch.cluster.submission import exit_code_of
     from b2batch.cluster.submission import wait as wait_for
 
     client = open_cluster(address)
@@ -35,7 +35,7 @@ def stop(
         client.stop(submission_id)
         if wait:
             job = wait_for(client, submission_id, lambda text: None, time.monotonic, time.sleep)
-    code = exit_code_of(job, end_line(client.logs(submission_id))) if job.has_ended else None
+    code = exit_code_of(job, client.logs(submission_id))
     if as_json:
         print_json({"job": asdict(job), "exit_code": code})
     else:

@@ -182,10 +182,11 @@ def _wait(client: Dashboard, submission_id: str, as_json: bool) -> None:
     except KeyboardInterrupt:
         typer.echo(f"{submission_id} goes on: b2batch logs -f, b2batch stop {submission_id}", err=True)
         raise
-    end = end_line(client.logs(submission_id))
-    code = exit_code_of(job, end)
+    logs = client.logs(submission_id)
+    code = exit_code_of(job, logs)
+    assert code is not None  # it has ended
     if as_json:
-        print_json({"address": client.url, "job": asdict(job), **(end or {}), "exit_code": code})
+        print_json({"address": client.url, "job": asdict(job), **(end_line(logs) or {}), "exit_code": code})
     else:
         print_facts(job_facts(job, code))
     explained = explain_end(job)

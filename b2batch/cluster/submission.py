@@ -225,17 +225,20 @@ def output_of(job: SubmittedJob, logs: str) -> str | None:
     return None if not output or "{run8}" in output or "{{" in output else output
 
 
-def exit_code_of(job: SubmittedJob, end: Mapping[str, Any] | None) -> int:
-    """What a process that stands for an ended job should end with.
+def exit_code_of(job: SubmittedJob, logs: str) -> int | None:
+    """What a process that stands for a job should end with, None while the job goes on.
 
-    The driver's own code where it is known, by Ray or by ``end``, its last words; a driver killed by a
+    The driver's own code where it is known, by Ray or by the end of its log; a driver killed by a
     signal counts as a shell counts it. A cluster without b2batch is the caller's fault.
     """
+    if not job.has_ended:
+        return None
     if job.exit_code == _NOT_FOUND:
         return CallerError.exit_code
     if job.exit_code is not None and job.state is not JobState.STOPPED:
         return job.exit_code if job.exit_code >= 0 else _SIGNALLED - job.exit_code
     if job.state is JobState.STOPPED:
+        end = end_line(logs)
         if end is not None:
             return int(end["exit_code"])
         return _FORCED if job.has_driver else Drained.exit_code

@@ -38,7 +38,16 @@ class Lock:
 
 
 def find_lock(path: str) -> Lock:
-    """Who holds the lock of an output directory.
+    """Who holds the lock of an output directory, which is only read: of a local one by this machine's clock.
+
+    Raises:
+        OutputError: the directory holds no run.
+    """
+    return _lock_of(RunDirectory.existing(open_store(path)))
+
+
+def find_lock_to_break(path: str) -> Lock:
+    """Who holds the lock of an output directory by its own clock, as the drivers see it.
 
     Raises:
         OutputError: the directory holds no run, or cannot be written, which its clock is read by.

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,10 +216,12 @@ class LocalStore:
                     raise storage_error(str(path), error) from error
 
     def age_s(self, key: str) -> float:
-        """The file's time against that of a file made just now."""
+        """The file's time against that of a file made just now, or to the clock here if opened to read."""
         path = self._path(key)
         with _named_faults(str(path)):
             written = path.stat().st_mtime
+            if self._staging is None:
+                return time.time() - written
             # A fresh file's time comes from whoever keeps the clock of this file system (NFS: the server).
             staged = self._stage(b"")
             now = staged.stat().st_mtime

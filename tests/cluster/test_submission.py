@@ -110,7 +110,7 @@ def test_an_id_given_by_hand_can_be_used_once() -> None:
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75, 99, 130, 143])
 def test_the_drivers_code_is_the_code(code: int) -> None:
     state = JobState.SUCCEEDED if code == 0 else JobState.FAILED
-    assert exit_code_of(SubmittedJob("x", state, "", exit_code=code), None) == code
+    assert exit_code_of(SubmittedJob("x", state, "", exit_code=code), "") == code
 
 
 def test_ends_that_ray_knows_no_code_of() -> None:
@@ -118,12 +118,13 @@ def test_ends_that_ray_knows_no_code_of() -> None:
     killed = SubmittedJob("x", JobState.FAILED, "", exit_code=-9)
     lost = SubmittedJob("x", JobState.FAILED, "", message="the node died\nbadly")
 
-    assert exit_code_of(stopped, {"exit_code": 75}) == 75
-    assert exit_code_of(stopped, {"exit_code": 0}) == 0, "it was done before the signal came"
-    assert exit_code_of(stopped, None) == 143
-    assert exit_code_of(SubmittedJob("x", JobState.STOPPED, "", has_driver=False), None) == 75
-    assert exit_code_of(killed, None) == 137
-    assert exit_code_of(lost, None) == 1
+    assert exit_code_of(stopped, '{"exit_code": 75}') == 75
+    assert exit_code_of(stopped, '{"exit_code": 0}') == 0, "it was done before the signal came"
+    assert exit_code_of(stopped, "") == 143
+    assert exit_code_of(SubmittedJob("x", JobState.STOPPED, "", has_driver=False), "") == 75
+    assert exit_code_of(killed, "") == 137
+    assert exit_code_of(lost, "") == 1
+    assert exit_code_of(SubmittedJob("x", JobState.RUNNING, ""), "") is None
     assert explain_end(lost) == "Ray lost the job: the node died badly"
     assert "killed by signal 9" in str(explain_end(killed))
     assert "PATH" in str(explain_end(SubmittedJob("x", JobState.FAILED, "", exit_code=127)))

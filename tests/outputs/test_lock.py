@@ -58,6 +58,16 @@ def test_who_holds_the_lock_is_seen_and_nothing_is_left_by_looking(out: str) -> 
     assert free.lease.ends_in_s == 0.0
 
 
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    """A file that is made and removed again shows in its directory's time."""
+    out = str(tmp_path / "out")
+    with open_run(out).take_epoch():
+        places = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+        before = {place: place.stat().st_mtime_ns for place in places}
+        assert find_lock(out).is_held
+        assert {place: place.stat().st_mtime_ns for place in places} == before
+
+
 def test_a_broken_lock_fences_its_holder_and_is_free(out: str) -> None:
     run = open_run(out)
     old = run.take_epoch()
