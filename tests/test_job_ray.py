@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -70,6 +71,96 @@ def calm(ray_cluster, tmp_path_factory):
     output = tmp_path_factory.mktemp("calm") / "out"
     result = run_job(make_spec(output))
     return result, read_rows(output)
+
+
+DRIVER = """
+import sys
+from b2batch.job import run_job
+from b2batch.spec import load_spec
+run_job(load_spec(sys.argv[1]))
+"""
+
+
+def start_driver(job_file, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(job_file)],
+        env=environment,
+        stderr=subprocess.PIPE,
+    )
+
+
+def descendants(pid):
+    """The processes below ``pid``: those of the cluster that a driver started for itself."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return below - {pid}
+
+
+def title(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def assert_gone(pids, timeout_s):
+    deadline_s = time.monotonic() + timeout_s
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline_s, f"{left} outlived their driver"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass(frozen=True)
+class KilledDriver:
+    """What a driver with a cluster of its own left when it was killed in the middle of its run."""
+
+    output: Path
+    parts: dict[str, int]
+    cluster: set[int]  # processes
+
+
+@pytest.fixture(scope="module")
+def killed_driver(calm, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("killed")
+    output = directory / "out"
+    spec = make_spec(output, cluster={"address": "local"})
+    job_file = directory / "job.json"  # JSON is YAML
+    job_file.write_text(json.dumps(spec.model_dump(mode="json")), encoding="utf-8")
+    driver = start_driver(job_file, directory)
+    deadline_s = time.monotonic() + 200
+    while not parts(output) and driver.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.02)  # another process works: there is nothing else to wait on
+    with pytest.raises(RunLocked, match=f"pid {driver.pid}"):
+        run_job(spec)
+    cluster = descendants(driver.pid)
+    replicas = [pid for pid in cluster if "_ReplicaActor" in title(pid)]
+    driver.kill()
+    driver.communicate()
+    assert replicas
+    assert_gone(replicas, 10.0)
+    return KilledDriver(output, parts(output), cluster)
+
+
+def test_a_killed_driver_resumes_and_its_twin_is_locked_out(killed_driver, calm):
+    before = killed_driver.parts
+    assert 0 < len(before) < 10, "killed in the middle"
+    result = run_job(make_spec(killed_driver.output))
+    assert result.num_rows_resumed >= 20 * len(before)
+    assert parts(killed_driver.output).items() >= before.items(), "committed units were not run again"
+    assert read_rows(killed_driver.output) == calm[1]
 
 
 def test_every_row_comes_back_once_and_a_second_run_does_nothing(ray_cluster, calm, tmp_path):
@@ -229,77 +320,6 @@ def test_what_the_caller_got_wrong_is_refused_before_anything_is_written(tmp_pat
     assert not output.exists()
 
 
-DRIVER = """
-import sys
-from b2batch.job import run_job
-from b2batch.spec import load_spec
-run_job(load_spec(sys.argv[1]))
-"""
-
-
-def start_driver(job_file, tmp_path):
-    environment = os.environ | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(job_file)],
-        env=environment,
-        stderr=subprocess.PIPE,
-    )
-
-
-def descendants(pid):
-    """The processes below ``pid``: those of the cluster that a driver started for itself."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    below = {pid}
-    while more := {child for child, parent in parents.items() if parent in below} - below:
-        below |= more
-    return below - {pid}
-
-
-def title(pid):
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
-
-
-def assert_gone(pids, timeout_s):
-    deadline_s = time.monotonic() + timeout_s
-    while left := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < deadline_s, f"{left} outlived their driver"
-        time.sleep(0.05)
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_killed_driver_resumes_and_its_twin_is_locked_out(calm, tmp_path):
-    output = tmp_path / "out"
-    spec = make_spec(output, cluster={"address": "local"})
-    job_file = tmp_path / "job.json"  # JSON is YAML
-    job_file.write_text(json.dumps(spec.model_dump(mode="json")), encoding="utf-8")
-    driver = start_driver(job_file, tmp_path)
-    deadline_s = time.monotonic() + 200
-    while not parts(output) and driver.poll() is None and time.monotonic() < deadline_s:
-        time.sleep(0.02)  # another process works: there is nothing else to wait on
-    with pytest.raises(RunLocked, match=f"pid {driver.pid}"):
-        run_job(spec)
-    cluster = descendants(driver.pid)
-    replicas = [pid for pid in cluster if "_ReplicaActor" in title(pid)]
-    driver.kill()
-    driver.communicate()
-    assert replicas
-    assert_gone(replicas, 10.0)
-    before = parts(output)
-    assert 0 < len(before) < 10, "killed in the middle"
-    result = run_job(make_spec(output))
-    assert result.num_rows_resumed >= 20 * len(before)
-    assert parts(output).items() >= before.items(), "committed units were not run again"
-    assert read_rows(output) == calm[1]
-    assert_gone(cluster, 90.0)  # an agent of Ray that lost its cluster tries to say so for a minute
+def test_nothing_of_a_killed_drivers_cluster_outlives_it(killed_driver):
+    """The last test here: an agent of Ray that lost its cluster tries to say so for a minute."""
+    assert_gone(killed_driver.cluster, 90.0)

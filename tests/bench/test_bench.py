@@ -95,6 +95,8 @@ def test_a_peer_that_fails_does_not_end_the_run(invoke, tmp_path: Path):
         "engine,vllm",
         "--repeats",
         "1",
+        "--model",
+        "baichuan2-tiny",
         "--json",
         "--vllm-python",
         sys.executable,
@@ -112,7 +114,8 @@ def test_ray_data_is_a_peer(invoke, tmp_path: Path):
     pytest.importorskip("pandas")
     out = tmp_path / "results.jsonl"
     path = str(tmp_path / "small.yaml")
-    result = invoke(path, "--peers", "engine,ray-data2", "--repeats", "1", "--out", str(out))
+    arguments = ["--model", "baichuan2-tiny", "--peers", "engine,ray-data2", "--repeats", "1"]
+    result = invoke(path, *arguments, "--out", str(out))
 
     assert result.exit_code == 0, result.output
     [record] = map(json.loads, out.read_text().splitlines())

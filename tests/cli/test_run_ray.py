@@ -121,7 +121,7 @@ def test_answers_that_were_cut_are_told(tmp_path: Path) -> None:
 
 
 def test_signals_stop_a_run_that_then_goes_on(tmp_path: Path) -> None:
-    sampling = {"max_tokens": 400, "ignore_eos": True}
+    sampling = {"max_tokens": 150, "ignore_eos": True}
     job = write_job(
         tmp_path,
         ROWS * 10,
