@@ -62,7 +62,7 @@ def _rows(directory: RunDirectory, names: Sequence[str]) -> Iterator[dict[str, A
     """All rows, own columns by their names without a prefix."""
     for name in names:
         with directory.store.open(name) as file:
-            table = pq.ParquetFile(file).read()
+            table = pq.ParquetFile(file).read(use_threads=False)  # see read_parquet
         names_there = [own_name(field) or field.name for field in table.schema]
         yield from table.rename_columns(names_there).to_pylist()
 

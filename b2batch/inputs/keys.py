@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from b2batch.errors import IntegrityError
+from b2batch.parquet_bytes import read_parquet
 
 _DIGEST_BYTES = 16
 _SCHEMA = pa.schema({"file_index": pa.int32(), "key": pa.binary(_DIGEST_BYTES)})
@@ -73,7 +74,7 @@ def read_keys(data: bytes, left_out: frozenset[int]) -> Iterator[bytes]:
         IntegrityError: the bytes are damaged.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = read_parquet(data)
         pairs = zip(table["file_index"].to_pylist(), table["key"].to_pylist(), strict=True)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise IntegrityError(f"the stored keys cannot be read: {error}") from error

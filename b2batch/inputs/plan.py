@@ -25,6 +25,7 @@ from b2batch.inputs.schema import SchemaBuilder
 from b2batch.inputs.unit import SPAN_FIELDS
 from b2batch.inputs.unreadable import UNREADABLE, scan_unreadable
 from b2batch.inputs.version import stored_version
+from b2batch.parquet_bytes import read_parquet
 from b2batch.rows import WorkUnit
 from b2batch.spec import InputSpec
 from b2batch.storage import retried
@@ -141,7 +142,7 @@ class Plan:
             IntegrityError: the bytes are no plan, or its content does not have its digest.
         """
         try:
-            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            table = read_parquet(data)
             metadata = table.schema.metadata
             files = tuple(InputFile(**fields) for fields in json.loads(metadata[_META_FILES]))
             schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(metadata[_META_SCHEMA])))

@@ -42,7 +42,7 @@ def read_outcomes(store: Store, names: Sequence[str], spec: JobSpec) -> Iterator
             answer = find_own(schema, answer_column(spec))
             confidence = find_own(schema, sure) if sure else None
             columns = [str(spec.gold), answer, *([confidence] if confidence else [])]
-            table = parquet.read(columns=columns)
+            table = parquet.read(columns=columns, use_threads=False)  # see read_parquet
         yield Outcomes(
             _texts(table.column(str(spec.gold))),
             _texts(table.column(answer)),

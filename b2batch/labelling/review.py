@@ -48,7 +48,7 @@ def _tables_to_review(
         if index not in units:
             continue
         with directory.store.open(name) as file:
-            table = pq.ParquetFile(file).read()
+            table = pq.ParquetFile(file).read(use_threads=False)  # see read_parquet
         marked = table.filter(pc.fill_null(table.column(find_own(table.schema, "needs_review")), False))
         if marked.num_rows:
             rows = {row.row_id: row for row in reader.read(units[index]).rows}

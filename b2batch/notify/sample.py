@@ -24,7 +24,9 @@ def sample_rows(store: Store, num_rows: int) -> list[str]:
     with store.open(first) as file:
         part = pq.ParquetFile(file)
         own = {name: field.name for field in part.schema_arrow if (name := own_name(field)) in _TOLD}
-        batch = next(part.iter_batches(num_rows, columns=list(own.values())), None)
+        columns = list(own.values())
+        batches = part.iter_batches(num_rows, columns=columns, use_threads=False)  # see read_parquet
+        batch = next(batches, None)
         rows = [] if batch is None else batch.to_pylist()
     return [_line({name: row[column] for name, column in own.items()}) for row in rows]
 

@@ -26,6 +26,7 @@ from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units, shown
 from b2batch.outputs.schema import find_own
 from b2batch.outputs.store import Store
 from b2batch.outputs.success import PartDigest, Success, allowed_errors, check_budget
+from b2batch.parquet_bytes import read_parquet
 from b2batch.rows import UnitCounts, WorkUnit
 
 MAX_LISTED_ERRORS = 10_000
@@ -191,7 +192,7 @@ def _account(
 def check_pages(data: bytes, name: str) -> None:
     """Read all of a part; IntegrityError where a page does not have its checksum."""
     try:
-        pq.read_table(pa.BufferReader(data), page_checksum_verification=True, use_threads=False)
+        read_parquet(data)
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{name} is damaged: {error}") from error
 
@@ -217,7 +218,7 @@ def read_errors(store: Store, name: str) -> Iterator[Mapping[str, Any]]:
         paths = {str(footer.file_index): footer.file.get("path") for footer in read_footers(file, name)}
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         row_id, error = (find_own(parquet.schema_arrow, column) for column in ("row_id", "error"))
-        table = parquet.read(columns=[row_id, error])
+        table = parquet.read(columns=[row_id, error], use_threads=False)  # see read_parquet
     for row in table.filter(table.column(error).is_valid()).to_pylist():
         yield {"row_id": row[row_id], "file": paths[row[row_id].partition(":")[0]], **row[error]}
 

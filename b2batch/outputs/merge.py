@@ -29,6 +29,7 @@ from b2batch.outputs.generation import Generation, create_generation, settle_gen
 from b2batch.outputs.layout import PART_PREFIX, SUCCESS, RunKeys, parse_part_name, part_name
 from b2batch.outputs.store import Store
 from b2batch.outputs.success import Success
+from b2batch.parquet_bytes import read_parquet
 
 _ROWS_PER_GROUP = 64 * 1024
 _log = logging.getLogger(__name__)
@@ -202,6 +203,6 @@ def _read_signed(store: Store, name: str, sha256: str) -> tuple[str, bytes]:
 
 def _read_rows(name: str, data: bytes) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        return read_parquet(data)
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{name} is damaged: {error}") from error

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from b2batch.errors import IntegrityError, StorageError
 from b2batch.outputs.footer import PartFooter, check_footer, read_footers
@@ -21,6 +20,7 @@ from b2batch.outputs.parts import planned_row_ids
 from b2batch.outputs.run import READ_THREADS, RunDirectory, planned_units
 from b2batch.outputs.schema import find_own
 from b2batch.outputs.success import Success
+from b2batch.parquet_bytes import read_parquet
 from b2batch.rows import UnitCounts, WorkUnit
 
 RowsDigest = Callable[[WorkUnit], str]
@@ -150,7 +150,7 @@ def _examine_part(
         if len(footers) < len(written):  # what was replaced is not taken out yet: the rest is examined
             data = trim_part(data, written, footers, name)
         units = [_planned_unit(directory, footer, planned, name) for footer in footers]
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = read_parquet(data)
         table.validate(full=True)
     except FileNotFoundError:
         return _PartFinding(name, (), (f"{name}: it went away meanwhile",))
