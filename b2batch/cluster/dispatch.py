@@ -42,6 +42,7 @@ _STORAGE_ERRORS = {error.__name__: error for error in (StorageError, StorageFull
 _STORAGE_ATTEMPTS = 4
 _STORAGE_PAUSE_S = 5.0
 _NAN_LOSSES = 3
+_MAX_TICK_S = 10.0
 
 
 def _name_unit(unit_index: int) -> str:
@@ -226,7 +227,10 @@ class Dispatcher:
         """Time went on: what hangs is killed, what is due is started. Call about once a second."""
         if self._is_over:
             return []
-        self._roster.forgive_pause(now_s - self._now_s)
+        pause_s = now_s - self._now_s
+        if pause_s > _MAX_TICK_S:  # it slept, as on a suspended machine: nobody is late for that
+            self._roster.forgive_pause(pause_s)
+            self._restarts.forgive_pause(pause_s)
         self._now_s = now_s
         actions = self._kill_hung()
         if not self._is_over and not self._is_draining and self._restarts.has_timed_out(now_s):

@@ -57,6 +57,11 @@ class Restarts:
         if self._short_since_s is None:
             self._short_since_s = now_s
 
+    def forgive_pause(self, pause_s: float) -> None:
+        """The driver slept: nobody could become ready for it meanwhile."""
+        if self._short_since_s is not None:
+            self._short_since_s += pause_s
+
     def note_progress(self, node_id: str) -> None:
         """A replica on this node (empty: not known) has committed a unit, or a bad row was found."""
         self._num_deaths = 0

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from b2batch.cluster.policy import LEASES_BEGUN, DispatchPolicy
 
-_MAX_TICK_S = 10.0
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -146,13 +144,12 @@ class Roster:
         ]
 
     def forgive_pause(self, pause_s: float) -> None:
-        """A driver that slept (a suspended machine) must not take its replicas for dead."""
-        if pause_s > _MAX_TICK_S:
-            for member in self._members.values():
-                member.answered_s += pause_s
-                member.moved_s += pause_s
-                if member.loads_since_s is not None:
-                    member.loads_since_s += pause_s
+        """The driver slept: none of them is dead or slow for it."""
+        for member in self._members.values():
+            member.answered_s += pause_s
+            member.moved_s += pause_s
+            if member.loads_since_s is not None:
+                member.loads_since_s += pause_s
 
     def hung(self, now_s: float, policy: DispatchPolicy) -> list[tuple[int, str]]:
         """The replicas that hold leases and do nothing, and how that shows."""

@@ -461,7 +461,7 @@ def test_too_few_replicas_in_time_are_told_with_why_the_last_one_failed():
     dispatcher.start(0.0)
     dispatcher.on_replica_ready(0, 1.0)
     dispatcher.on_replica_failed_to_start(1, ("ModelError", "no weights here", ""), 2.0)
-    [failure] = of(Fail, dispatcher.on_tick(60.0))
+    [failure] = [fail for now_s in range(5, 65, 5) for fail in of(Fail, dispatcher.on_tick(now_s))]
     assert str(failure.error).startswith("1 of the 3 replicas needed were ready within 60 s")
     assert "no weights here" in str(failure.error)
 
@@ -493,6 +493,14 @@ def test_when_nodes_leave_those_left_begin_without_the_ones_waited_for():
     dispatcher.start(0.0)
     assert dispatcher.on_replica_ready(0, 1.0) == []
     assert [lease.replica_id for lease in of(Lease, dispatcher.on_target(1))] == [0]
+
+
+def test_a_driver_that_slept_waits_for_its_first_replicas_as_long_as_others():
+    dispatcher = make(num_units=10, num_replicas=1, start_timeout_s=60.0)
+    dispatcher.start(0.0)
+    dispatcher.on_replica_loading(0, 0.0)
+    assert of(Fail, dispatcher.on_tick(1000.0)) == []
+    assert of(Lease, dispatcher.on_replica_ready(0, 1001.0)) != []
 
 
 def test_more_replicas_may_die_and_be_silent_for_longer_once_it_has_grown():

@@ -1,5 +1,6 @@
-"""The dispatcher in a simulated world: a store that creates exclusively, replicas that crash, hang,
-wake as zombies, fail, answer twice or not at all, and rows that take them down."""
+"""The dispatcher in a simulated world: a store that creates exclusively and is full at times, replicas that
+crash, hang, lose their numbers, wake as zombies, fail, answer twice or not at all, rows that take them down,
+a driver that sleeps or is asked to stop."""
 
 from dataclasses import dataclass, field
 
@@ -18,16 +19,19 @@ from b2batch.cluster.actions import (
 )
 from b2batch.cluster.dispatch import Dispatcher
 from b2batch.cluster.policy import DispatchPolicy, Loss
-from b2batch.errors import ClusterError, UnitFailed
+from b2batch.errors import ClusterError, StorageError, UnitFailed
 from b2batch.rows import PieceBegun, UnitCounts, UnitReport
 
 MAX_LEASES = 3
 HANG_S = 30.0
+LONGEST_PAUSE_S = 20.0  # after a store that takes nothing
+FEW_NAN_LOSSES = 3
 ROWS = 40  # of a unit: more than are run one by one at first
 
 
 @dataclass
 class SimReplica:
+    avoided: frozenset[str]
     is_ready: bool = False
     is_frozen: bool = False
     num_steps: int = 0
@@ -47,7 +51,14 @@ class DispatchWorld(RuleBasedStateMachine):
     def begin(self, num_units, num_replicas, min_replicas, start_timeout_s, poison):
         self.num_units = num_units
         self.target = num_replicas
-        self.num_needed = min(num_units, num_replicas, min_replicas)
+        self.min_replicas = min_replicas
+        self.has_begun = self.is_draining = False
+        self.works_since_s = 0.0  # the store took everything since
+        self.num_nan_losses = 0
+        self.nan_units: set[int] = set()
+        self.failed_on: dict[int, int] = {}  # unit -> the replica that it last failed on or went down with
+        self.deadly_nodes: set[str] = set()
+        self.nodes: dict[int, str] = {}  # replica -> where it is
         self.poison = {unit: {row for other, row in poison if other == unit} for unit in range(num_units)}
         self.now_s = 0.0
         self.store: dict[int, int] = {}  # unit -> how often its part was created
@@ -72,11 +83,14 @@ class DispatchWorld(RuleBasedStateMachine):
         for action in actions:
             assert self.ended is None, "no action after the end"
             match action:
-                case StartReplica(replica_id):
+                case StartReplica(replica_id, avoided):
                     assert replica_id not in self.replicas
-                    self.replicas[replica_id] = SimReplica()
+                    assert not self.is_draining
+                    assert avoided <= self.deadly_nodes
+                    self.replicas[replica_id] = SimReplica(avoided)
                     assert len(self.replicas) <= min(self.target, self.num_units)
-                case KillReplica(replica_id):
+                case KillReplica(replica_id):  # as those that hang
+                    self.note_death(replica_id)
                     self.bury(replica_id)
                 case CheckCommitted(unit):
                     self.checks.append(unit)
@@ -92,11 +106,24 @@ class DispatchWorld(RuleBasedStateMachine):
     def accept(self, lease):
         replica = self.replicas[lease.replica_id]
         assert replica.is_ready
-        self.num_needed = min(self.num_needed, self.num_units - self.dispatcher.units.num_committed)
-        assert sum(other.is_ready for other in self.replicas.values()) >= self.num_needed
-        self.num_needed = 1  # once it has begun, it goes on with any
+        assert not self.is_draining
+        assert self.num_ready >= self.num_needed
+        self.has_begun = True
+        if self.num_nan_losses >= FEW_NAN_LOSSES or lease.unit_index in self.nan_units:
+            assert lease.trusts_nan, "no numbers once are the replica's fault, and then the rows'"
+        assert self.num_nan_losses or not lease.trusts_nan
         assert lease.unit_index not in {other.unit_index for other in replica.leases}
         replica.leases.append(lease)
+
+    @property
+    def num_ready(self):
+        return sum(replica.is_ready for replica in self.replicas.values())
+
+    @property
+    def num_needed(self):
+        """Once it has begun, it goes on with any."""
+        num_open = self.num_units - self.dispatcher.units.num_committed
+        return 1 if self.has_begun else min(self.min_replicas, self.target, num_open)
 
     def bury(self, replica_id):
         replica = self.replicas.pop(replica_id)
@@ -126,6 +153,10 @@ class DispatchWorld(RuleBasedStateMachine):
         if isinstance(report, PieceBegun):
             self.dispatcher.on_piece_begun(replica_id, report)
         else:
+            if report.error:
+                self.failed_on[report.unit_index] = replica_id
+                if report.error[0] == "StorageError":
+                    self.works_since_s = self.now_s + LONGEST_PAUSE_S
             self.apply(self.dispatcher.on_report(replica_id, report))
 
     def is_deadly(self, lease):
@@ -136,7 +167,15 @@ class DispatchWorld(RuleBasedStateMachine):
         number = self.replicas[lease.replica_id].num_begun.get(lease.unit_index, 0) - 1
         return number >= 0 and bool(poison & set(lease.caution.pieces[number]))
 
+    def note_death(self, replica_id):
+        self.failed_on |= {lease.unit_index: replica_id for lease in self.replicas[replica_id].leases}
+        self.deadly_nodes.add(self.nodes.get(replica_id))
+
     def die(self, replica_id, loss):
+        if loss is Loss.SUSPECT:
+            self.num_nan_losses += 1
+            self.nan_units |= {lease.unit_index for lease in self.replicas[replica_id].leases}
+        self.note_death(replica_id)
         self.bury(replica_id)
         self.apply(self.dispatcher.on_replica_lost(replica_id, loss, "gone", self.now_s))
 
@@ -154,12 +193,16 @@ class DispatchWorld(RuleBasedStateMachine):
 
     # --- what may happen -------------------------------------------------------------------------
 
-    @rule(data=st.data())
-    def becomes_ready(self, data):
-        replica_id = self.pick(data, lambda replica: not replica.is_ready)
+    @rule(data=st.data(), node=st.sampled_from("abc"))
+    def becomes_ready(self, data, node):
+        replica_id = self.pick(data, lambda replica: not replica.is_ready and node not in replica.avoided)
         if replica_id is not None:
-            self.replicas[replica_id].is_ready = True
-            self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
+            self.be_ready(replica_id, node)
+
+    def be_ready(self, replica_id, node):
+        self.nodes[replica_id] = node
+        self.replicas[replica_id].is_ready = True
+        self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s, node))
 
     @rule(data=st.data())
     def begins_to_load(self, data):
@@ -172,7 +215,6 @@ class DispatchWorld(RuleBasedStateMachine):
     def nodes_join_or_leave(self, num_replicas):
         if self.ended is None:
             self.target = num_replicas
-            self.num_needed = min(self.num_needed, num_replicas)
             self.apply(self.dispatcher.on_target(num_replicas))
 
     @rule(data=st.data())
@@ -191,13 +233,13 @@ class DispatchWorld(RuleBasedStateMachine):
             replica.leases.remove(lease)
             replica.outbox.append(self.commit(lease))
 
-    @rule(data=st.data())
-    def fails_a_unit(self, data):
+    @rule(data=st.data(), code=st.sampled_from(["OSError", "OSError", "StorageError"]))
+    def fails_a_unit(self, data, code):
         replica_id = self.pick(data, lambda replica: replica.leases and not replica.is_frozen)
         if replica_id is not None:
             replica = self.replicas[replica_id]
             lease = replica.leases.pop(0)
-            error = ("OSError", "the store said 503", "")
+            error = (code, "the store said 503", "")
             replica.outbox.append(UnitReport(lease.unit_index, lease.attempt, error=error))
 
     @rule(data=st.data())
@@ -248,6 +290,21 @@ class DispatchWorld(RuleBasedStateMachine):
         counts = UnitCounts(num_ok=1) if unit in self.store else None
         self.apply(self.dispatcher.on_unit_checked(unit, counts))
 
+    @precondition(lambda self: self.ended is None and not self.is_draining)
+    @rule(is_asked=st.integers(0, 7))
+    def is_asked_to_stop(self, is_asked):
+        if not is_asked:
+            self.is_draining = True
+            self.apply(self.dispatcher.on_stop())
+
+    @rule()
+    def the_driver_sleeps(self):
+        """Nobody is to blame for the time of which it knows nothing."""
+        self.now_s += 1000.0
+        actions = self.dispatcher.on_tick(self.now_s)
+        assert not [action for action in actions if isinstance(action, KillReplica | Fail)]
+        self.apply(actions)
+
     @rule(seconds=st.sampled_from([0.5, 2.0, 8.0]))
     def time_passes(self, seconds):
         self.now_s += seconds
@@ -258,6 +315,18 @@ class DispatchWorld(RuleBasedStateMachine):
     @invariant()
     def a_replica_holds_at_most_max_leases(self):
         assert all(len(replica.leases) <= MAX_LEASES for replica in self.replicas.values())
+
+    @invariant()
+    def nobody_is_idle_while_a_unit_waits(self):
+        """But for who it has failed on, where there are others."""
+        if self.ended or self.is_draining or self.now_s < self.works_since_s:
+            return
+        if self.num_ready < self.num_needed or not self.dispatcher.units.has_queued:
+            return
+        failed_on = set(self.failed_on.values()) if self.num_ready > 1 else set()
+        for replica_id in self.replicas.keys() - failed_on:
+            replica = self.replicas[replica_id]
+            assert not replica.is_ready or replica.leases or replica.outbox
 
     @invariant()
     def nothing_counts_twice_or_uncommitted(self):
@@ -277,11 +346,14 @@ class DispatchWorld(RuleBasedStateMachine):
         for _ in range(self.num_units * 3 + 400):
             if self.ended is None:
                 self.calm_round()
+        if self.is_draining and self.ended is None:
+            assert not self.dispatcher.num_leased, "what was begun comes to an end"
+            return
         assert self.ended is not None, "no progress in a calm world"
         if isinstance(self.ended, Finish):
             assert self.dispatcher.units.num_committed == self.num_units == len(self.store)
         else:
-            assert isinstance(self.ended.error, ClusterError | UnitFailed)
+            assert isinstance(self.ended.error, ClusterError | UnitFailed | StorageError)
 
     def calm_round(self):
         while self.checks and self.ended is None:
@@ -297,8 +369,7 @@ class DispatchWorld(RuleBasedStateMachine):
 
     def calm_turn(self, replica_id, replica):
         if not replica.is_ready:
-            replica.is_ready = True
-            self.apply(self.dispatcher.on_replica_ready(replica_id, self.now_s))
+            self.be_ready(replica_id, min({"a", "b", "c", "d"} - replica.avoided))
         replica.num_steps += bool(replica.leases)
         for lease in list(replica.leases):
             while replica_id in self.replicas and lease in replica.leases and self.ended is None:
