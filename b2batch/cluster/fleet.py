@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from b2batch.cluster.load_turn import LoadTurn
-from b2batch.cluster.placement import Placement
+from b2batch.cluster.placement import Placement, nodes_by_id
 from b2batch.cluster.policy import Loss, poll_timeout_s
 from b2batch.cluster.replica import MakeWorker, Order, Replica, ReplicaUpdate
 from b2batch.cluster.verdict import ErrorText
@@ -70,7 +70,7 @@ class Fleet(Protocol):
     """What the driver needs of replicas, whatever runs them."""
 
     def start(self, replica_id: int, avoided: frozenset[str]) -> None:
-        """Begin to start a replica, not on the ``avoided`` nodes where there are others."""
+        """Begin to start a replica, not on the ``avoided`` nodes where others can carry it."""
 
     def order(self, replica_id: int, order: Order) -> None:
         """Hand a replica a unit, or have it leave one, with its next poll."""
@@ -135,7 +135,7 @@ class RayFleet:
             "max_concurrency": 4,  # poll, wake and stop do not wait for one another
             "runtime_env": {"env_vars": dict(placement.env_vars)},
         }
-        self._num_planned = placement.num_replicas
+        self._placement = placement
         self._arguments = (ray.put(make_worker), load_bytes)
         self._members: dict[int, _Member] = {}
         self._to_poll: list[_Member] = []
@@ -189,9 +189,9 @@ class RayFleet:
 
     def make_actor(self, replica_id: int, avoided: frozenset[str]) -> Any:
         """A handle with the methods of ``Replica``."""
-        others = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - avoided if avoided else ()
+        avoided = avoided and self._placement.avoidable(avoided, nodes_by_id())
         options = self._actor_options
-        if not others:
+        if not avoided:
             return self._actor_class.options(**options).remote(*self._arguments)
         logger.warning("replica=%d: not on nodes %s, where replicas died", replica_id, sorted(avoided))
         elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"}
@@ -206,7 +206,7 @@ class RayFleet:
             return  # lost with its last answer
         member.sent = (*member.sent, *member.outbox)  # an unanswered poll's orders go again
         member.outbox.clear()
-        timeout_s = poll_timeout_s(max(self._num_planned, len(self._members)))
+        timeout_s = poll_timeout_s(max(self._placement.num_replicas, len(self._members)))
         ref = member.actor.poll.remote(member.num_known, member.sent, timeout_s)
         # Being called costs less than asking a thousand references whether one of them is there.
         member.poll = ref.future()

@@ -68,6 +68,11 @@ class Placement:
         """How many such replicas these nodes carry."""
         return sum(_fits(node, self) for node in nodes)
 
+    def avoidable(self, avoided: frozenset[str], nodes: Mapping[str, Node]) -> frozenset[str]:
+        """Which of the ``avoided`` nodes, by id, to keep a replica from: none if no other could carry it."""
+        others = [node for node_id, node in nodes.items() if node_id not in avoided]
+        return avoided if self.room(others) else frozenset()
+
     @property
     def env_vars(self) -> MappingProxyType[str, str]:
         """Set before the replica's process starts: torch reads its thread counts once, on import."""
@@ -84,8 +89,7 @@ class Cluster:
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return [Node(node.get("CPU", 0.0), node.get("GPU", 0.0), node) for node in resources]
+        return list(nodes_by_id().values())
 
     def place(
         self, spec: ClusterSpec, device: str, num_units: int, while_waiting: Callable[[], None]
@@ -117,6 +121,15 @@ class Cluster:
         if self.is_own or spec.replicas != "auto":
             return None
         return lambda: max(1, min(num_units, placement.room(self.nodes())))
+
+
+def nodes_by_id() -> dict[str, Node]:
+    """The nodes of the connected cluster that are alive."""
+    found = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {
+        name: Node(amounts.get("CPU", 0.0), amounts.get("GPU", 0.0), amounts)
+        for name, amounts in found.items()
+    }
 
 
 @contextmanager

@@ -115,3 +115,12 @@ def test_an_address_where_nobody_listens_is_told_at_once():
         connect(ClusterSpec(address="127.0.0.1:1")),
     ):
         pass
+
+
+def test_nodes_are_avoided_where_others_can_carry_the_replica():
+    head, bad, good = Node(0.0, 0.0), Node(4.0, 0.0), Node(4.0, 0.0)
+    replica = Placement(2, 1.0, 0.0)
+    assert replica.avoidable(frozenset({"bad"}), {"bad": bad, "good": good}) == {"bad"}
+    assert replica.avoidable(frozenset({"bad"}), {"bad": bad, "head": head}) == frozenset(), (
+        "better than none"
+    )
