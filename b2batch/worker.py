@@ -168,6 +168,7 @@ def make_engine(
         stop_token_ids=codec.stop_token_ids,
         decode=codec.tokenizer.decode,
         make_vocabulary=partial(codec.tokenizer.grammar_vocabulary, vocab_size, codec.stop_token_ids),
+        runs_ahead=device.type == "cuda" and not is_split,
     )
     engine = new_engine(limits)
     guard.check_runner(engine.runner, expected)

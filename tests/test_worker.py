@@ -228,12 +228,12 @@ class Short:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def run(self, step):
+    def run(self, step, unread=None):
         if sum(chunk.num_tokens for chunk in step.chunks) > self._num_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         if any(len(chunk.owner.tokens) > self._longest for chunk in step.chunks):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return self._runner.run(step)
+        return self._runner.run(step, unread)
 
 
 def test_out_of_memory_goes_on_with_less_at_once_and_loses_no_row(tmp_path, loaded):

@@ -13,6 +13,7 @@ from b2batch.engine import span_attention
 from b2batch.engine.cuda_attention import CudaAttention, HeadShape, Upload
 from b2batch.engine.graphs import Buckets, DecodeGraphs
 from b2batch.engine.runner import KVShape, Runner
+from b2batch.engine.sampling import fill_in
 from b2batch.engine.scheduler import Chunk, Step
 from b2batch.engine.span_attention import LayerAttention, SpanStep, span_steps
 from b2batch.engine.spans import StepRows, Stretch
@@ -52,13 +53,13 @@ class CudaRunner(Runner):
         return self._graphs.num_recorded if self._graphs else 0
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor:
+    def run(self, step: Step, unread: Tensor | None = None) -> Tensor:
         """See ``Runner``; what it returns is overwritten by the next step."""
         for move in step.moves:
             self._move(move)
         rows = step_rows(step.chunks)
         if self._graphs is not None and rows.is_decode:
-            return self._graphs.run(rows)
+            return self._graphs.run(rows, unread)
         plan = self._kernels.plan(rows)
         lists = [rows.tokens, rows.positions, rows.slots, rows.wanted, *plan.tables]
         uploads = {device: Upload.of(lists, device).lists for device in self.devices}
@@ -67,6 +68,7 @@ class CudaRunner(Runner):
             for device, (_, positions, slots, _, *tables) in uploads.items()
         }
         tokens, positions, _, wanted, *_ = uploads[self.device]
+        fill_in(tokens, unread)
         if len(self.devices) > 1:
             wanted = torch.tensor(rows.wanted, device=self.index_device)
         return self._compute(tokens, positions, steps, wanted)

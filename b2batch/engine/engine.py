@@ -10,7 +10,7 @@ Requests may be added at any time; each step's batch is filled from what is wait
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -21,24 +21,23 @@ from transformers import PreTrainedModel
 
 from b2batch.engine.cuda_runner import make_runner
 from b2batch.engine.heap import release_freed_memory
+from b2batch.engine.in_flight import InFlight, NewToken
+from b2batch.engine.intake import Intake
 from b2batch.engine.pooling import Pool
 from b2batch.engine.request import (
     AnyRequest,
     Completion,
     EmbedRequest,
     Finished,
-    Request,
     Score,
     ScoreRequest,
 )
-from b2batch.engine.sampling import sample, token_logprobs
+from b2batch.engine.sampling import put, sample
 from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
 from b2batch.engine.sequence import Sequence
-from b2batch.engine.structured import Constraint, Grammars
 from b2batch.rows import FinishReason
 from b2batch.spec import SamplingSpec
 
-_SCORING = SamplingSpec()
 _LEAST_TOKENS = 16  # of a step, where memory is short
 
 
@@ -71,7 +70,8 @@ class Engine:
     """Requests in, tokens out.
 
     ``stop_token_ids`` end an answer (unless ``ignore_eos``); ``decode`` turns ids into text and is
-    needed for stop strings only, and ``make_vocabulary`` for grammars.
+    needed for stop strings only, and ``make_vocabulary`` for grammars. With ``runs_ahead`` a step is read
+    after the next one was launched (see ``in_flight``): for a device that computes beside the host.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Engine:
         stop_token_ids: frozenset[int] = frozenset(),
         decode: Callable[[Seq[int]], str] | None = None,
         make_vocabulary: Callable[[], LLTokenizer] | None = None,
+        runs_ahead: bool = False,
     ) -> None:
         if limits.kv_cache_tokens < max_model_len:
             raise ValueError(
@@ -91,23 +92,22 @@ class Engine:
         if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
         self.stats = EngineStats()
+        vocab_size: int = model.config.get_text_config().vocab_size
+        self._intake = Intake(max_model_len, vocab_size, make_vocabulary)
+        self._grammars = self._intake.grammars
         self._full_limits = limits
         self._scheduler = Scheduler(limits)
         self.runner = make_runner(model, limits.kv_cache_tokens, limits.max_num_seqs)
-        self._max_model_len = max_model_len
-        self._vocab_size: int = model.config.get_text_config().vocab_size
         self._stop_token_ids = stop_token_ids
         self._decode = decode
-        self._grammars = (
-            Grammars(make_vocabulary, self._vocab_size, num_threads=torch.get_num_threads())
-            if make_vocabulary
-            else None
-        )
+        self._runs_ahead = runs_ahead
+        self._in_flight: InFlight | None = None
+        self._ready: list[Finished] = []  # found by what waited for the step in flight
         self._pending: dict[str, _Pending] = {}
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._ready)
 
     @property
     def limits(self) -> Limits:
@@ -142,33 +142,75 @@ class Engine:
         """
         if request.request_id in self._pending:
             raise ValueError(f"request {request.request_id} is in the engine already")
-        if not request.prompt:
-            raise ValueError("the prompt has no tokens")
-        self._check_tokens("the prompt", request.prompt)
-        sequences = self._sequences(request)
+        sequences = self._intake.sequences(request)
+        if isinstance(request, EmbedRequest):
+            self.runner.keep_hidden()
         self._pending[request.request_id] = _Pending(request, len(sequences), {}, {})
         for sequence in sequences:
             self._scheduler.add(sequence)
 
     def step(self) -> list[Finished]:
-        """Run one step; return the requests that are done with it."""
+        """Launch a step; return the requests that are found done, one step late where it runs ahead."""
+        if not self._can_run_ahead:
+            self._settle()
+        launched = self._launch()
+        self._settle()
+        if launched is not None:
+            launched.begin(self._is_over)
+            self._in_flight = launched
+            if not self._runs_ahead:
+                self._settle()
+        ready, self._ready = self._ready, []
+        return ready
+
+    @property
+    def _can_run_ahead(self) -> bool:
+        """Whether nobody on the host must know the tokens that are in flight before the next step."""
+        in_flight = self._in_flight.sequences.values() if self._in_flight else ()
+        return self._scheduler.can_run_ahead and all(sequence.constraint is None for sequence in in_flight)
+
+    def _launch(self) -> InFlight | None:
+        """Start a step, and return what gets a token in it. What is scored or embedded is read at once."""
         step = self._scheduler.schedule()
         if not step.chunks:
-            if self.has_work:
+            if self._scheduler.has_work:
                 raise RuntimeError("the scheduler found nothing to run although there is work")
-            return []
+            return None
+        unread = self._in_flight.tokens if self._in_flight else None
         self._begin_masks(step.chunks)
-        logits = self.runner.run(step)
+        logits = self.runner.run(step, unread)
         self._scheduler.advance(step)
-        ended = self._postprocess(step.chunks, logits) + self._embed(step.chunks)
+        launched = self._sample(step.chunks, logits, unread)
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += sum(chunk.num_tokens for chunk in step.chunks)
-        self.stats.sum_running += self.num_running
-        for sequence in ended:
+        self.stats.sum_running += sum(isinstance(chunk.owner, Sequence) for chunk in step.chunks)
+        self._end(self._score(step.chunks, logits) + self._embed(step.chunks))
+        return launched
+
+    def _settle(self) -> None:
+        """Read the step in flight, if there is one, and end what is over with it."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            return
+        ended = []
+        for new in in_flight.read():
+            completion = self._append(new)
+            if completion is not None:
+                self._pending[new.sequence.request_id].completions[new.sequence.index] = completion
+                ended.append(new.sequence)
+        self.stats.num_generated_tokens += len(in_flight.sequences)
+        self._end(ended)
+
+    def _end(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
             if sequence.span is not None and self._is_spoilt(sequence):
                 self.runner.scrub(sequence.span)
-        self._scheduler.finish(ended)
-        return [finished for sequence in ended if (finished := self._collect(sequence))]
+        self._scheduler.finish(sequences)
+        self._ready += [finished for sequence in sequences if (finished := self._collect(sequence))]
+
+    def _is_over(self, sequence: Sequence) -> bool:
+        pending = self._pending.get(sequence.request_id)
+        return pending is None or sequence.index in pending.done
 
     def _is_spoilt(self, sequence: Sequence) -> bool:
         """Whether numbers that are not finite came out of a sequence that ended."""
@@ -185,124 +227,50 @@ class Engine:
         """
         torch.cuda.empty_cache()
         release_freed_memory()
-        limits = self._scheduler.limits
+        limits, num_running = self._scheduler.limits, self.num_running
+        alone = (self._scheduler.running or self._scheduler.waiting)[0]
+        self._settle()  # before the answers are sent back to the queue
         if limits.max_num_seqs > 1 or limits.max_num_batched_tokens > _LEAST_TOKENS:
-            num_seqs = max(1, min(limits.max_num_seqs, self.num_running) // 2)
+            num_seqs = max(1, min(limits.max_num_seqs, num_running) // 2)
             num_tokens = max(num_seqs, _LEAST_TOKENS, limits.max_num_batched_tokens // 2)
             self._scheduler.restart(replace(limits, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
             return None
-        alone = (self._scheduler.running or self._scheduler.waiting)[0].request_id
         self._scheduler.restart(self._full_limits)
-        self.cancel(alone)
-        return alone
+        if self._is_over(alone):
+            return None
+        self.cancel(alone.request_id)
+        return alone.request_id
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; nothing if it is not here."""
+        self._settle()
+        self._ready = [finished for finished in self._ready if finished.request_id != request_id]
         if self._pending.pop(request_id, None) is not None:
             self._scheduler.cancel(request_id)
 
-    # -- requests to sequences --
-
-    def _check_tokens(self, where: str, tokens: Iterable[int]) -> None:
-        """One row's impossible token must not end the step of all."""
-        for token in tokens:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"{where}: there is no token {token} in a vocabulary of {self._vocab_size}")
-
-    def _sequences(self, request: AnyRequest) -> list[Sequence]:
-        if isinstance(request, ScoreRequest):
-            return self._score_paths(request)
-        if isinstance(request, EmbedRequest):
-            return self._embedded(request)
-        return self._samples(request)
-
-    def _embedded(self, request: EmbedRequest) -> list[Sequence]:
-        if len(request.prompt) > self._max_model_len:
-            raise ValueError(f"the prompt exceeds the context of {self._max_model_len}")
-        self.runner.keep_hidden()
-        prompt = list(request.prompt)
-        return [Sequence(request.request_id, 0, prompt, _SCORING, 0, probes={}, pooling=request.pooling)]
-
-    def _samples(self, request: Request) -> list[Sequence]:
-        self._check_tokens("logit_bias", request.sampling.logit_bias)
-        self._check_tokens("stop_token_ids", request.sampling.stop_token_ids)
-        prompt = list(request.prompt)
-        room = self._max_model_len - len(prompt)
-        if room < 1:
-            raise ValueError(f"a prompt of {len(prompt)} tokens fills the context of {self._max_model_len}")
-        max_tokens = min(request.sampling.max_tokens or room, room)
-        return [
-            Sequence(
-                request.request_id,
-                index,
-                list(prompt),
-                request.sampling,
-                max_tokens,
-                constraint=self._constraint(request),
-            )
-            for index in range(request.sampling.n)
-        ]
-
-    def _constraint(self, request: Request) -> Constraint | None:
-        if request.grammar is None:
-            return None
-        if self._grammars is None:
-            raise ValueError("a grammar needs the engine to know the vocabulary")
-        return self._grammars.constraint(request.grammar)
-
-    def _score_paths(self, request: ScoreRequest) -> list[Sequence]:
-        """The longest token paths that cover every continuation; a shorter one is probed on the way.
-
-        So labels of one token each cost one forward pass of the prompt, not one a label.
-        """
-        if not request.continuations:
-            raise ValueError("there is no continuation to score")
-        paths: dict[tuple[int, ...], dict[int, set[int]]] = {}
-        for continuation in sorted(request.continuations, key=len, reverse=True):
-            if not continuation:
-                raise ValueError("a continuation has no tokens")
-            self._check_tokens("a continuation", continuation)
-            if len(request.prompt) + len(continuation) > self._max_model_len:
-                raise ValueError(f"prompt and continuation exceed the context of {self._max_model_len}")
-            head = tuple(continuation[:-1])
-            path = next((p for p in paths if p[: len(head)] == head), head)
-            probes = paths.setdefault(path, {})
-            for offset, token in enumerate(continuation):
-                probes.setdefault(len(request.prompt) - 1 + offset, set()).add(token)
-        return [
-            Sequence(
-                request.request_id,
-                index,
-                [*request.prompt, *path],
-                _SCORING,
-                max_tokens=0,
-                probes={position: tuple(sorted(tokens)) for position, tokens in sorted(probes.items())},
-            )
-            for index, (path, probes) in enumerate(paths.items())
-        ]
-
     # -- logits to tokens --
 
-    def _postprocess(self, chunks: Seq[Chunk], logits: Tensor) -> list[Sequence]:
-        """Sample or score every wanted position; return the sequences that ended."""
-        ended: list[Sequence] = []
-        sampled: list[Sequence] = []
-        sampled_rows: list[int] = []
-        row = 0
-        for chunk in chunks:
-            positions = chunk.logit_positions
-            if positions and isinstance(chunk.owner, Sequence):
-                if chunk.owner.probes is None:
-                    sampled.append(chunk.owner)
-                    sampled_rows.append(row)
-                else:
-                    _read_probes(chunk.owner, positions, logits[row : row + len(positions)])
-                    if chunk.owner.num_pending == 0:
-                        ended.append(chunk.owner)
-            row += len(positions)
-        if sampled:
-            own = logits if len(sampled) == len(logits) else logits[sampled_rows]
-            ended += self._append_tokens(sampled, own)
+    @torch.inference_mode()
+    def _sample(self, chunks: Seq[Chunk], logits: Tensor, unread: Tensor | None) -> InFlight | None:
+        """Choose the tokens of the sequences that go on; they stay on the device."""
+        found = [(row, sequence) for row, sequence, _ in _wanted(chunks) if sequence.probes is None]
+        if not found:
+            return None
+        rows, sequences = map(list, zip(*found, strict=True))
+        if len(rows) < len(logits):
+            logits = logits.index_select(0, put(rows, logits))
+        stops = [self._stops_of(sequence.sampling) for sequence in sequences]
+        tokens = sample(self._constrain(sequences, logits), sequences, stops, unread)
+        return InFlight.of(sequences, logits, tokens)
+
+    def _score(self, chunks: Seq[Chunk], logits: Tensor) -> list[Sequence]:
+        """Read the probed positions; return the sequences that ended."""
+        ended = []
+        for row, sequence, positions in _wanted(chunks):
+            if sequence.probes is not None:
+                _read_probes(sequence, positions, logits[row : row + len(positions)])
+                if sequence.num_pending == 0:
+                    ended.append(sequence)
         return ended
 
     def _embed(self, chunks: Seq[Chunk]) -> list[Sequence]:
@@ -326,7 +294,6 @@ class Engine:
             constraints = [o.constraint for o in owners if isinstance(o, Sequence) and o.constraint]
             self._grammars.begin_masks(constraints)
 
-    @torch.inference_mode()
     def _constrain(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
         """``logits`` without the tokens that grammars forbid."""
         rows = [row for row, sequence in enumerate(sequences) if sequence.constraint]
@@ -342,21 +309,9 @@ class Engine:
         logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
         return logits
 
-    def _append_tokens(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
-        stops = [self._stops_of(sequence.sampling) for sequence in sequences]
-        tokens = sample(self._constrain(sequences, logits), sequences, stops)
-        self._append_logprobs(sequences, logits, tokens)
-        ended = []
-        for sequence, token, stop_ids in zip(sequences, tokens, stops, strict=True):
-            completion = self._append(sequence, token, stop_ids)
-            if completion is not None:
-                self._pending[sequence.request_id].completions[sequence.index] = completion
-                ended.append(sequence)
-        self.stats.num_generated_tokens += len(tokens)
-        return ended
-
-    def _append(self, sequence: Sequence, token: int | None, stop_ids: frozenset[int]) -> Completion | None:
+    def _append(self, new: NewToken) -> Completion | None:
         """Give a sequence its next token; a Completion if it ended with it."""
+        sequence, token = new.sequence, new.token
         if token is None:
             return _complete(
                 sequence,
@@ -364,11 +319,13 @@ class Engine:
                 error="the model gave no finite logits, or penalties and bias left none",
             )
         sequence.tokens.append(token)
+        if new.logprob is not None:
+            sequence.logprobs.append(new.logprob)
         if sequence.constraint is not None:
             refusal = sequence.constraint.accept(token)
             if refusal is not None:
                 return _complete(sequence, FinishReason.ERROR, error=f"the grammar failed: {refusal}")
-        if token in stop_ids:
+        if token in self._stops_of(sequence.sampling):
             return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)
         if sequence.constraint is not None and sequence.constraint.is_complete:
             return _complete(sequence, FinishReason.STOP)
@@ -405,20 +362,6 @@ class Engine:
             return None
         start, stop = min(found)
         return stop, len(tail) - start
-
-    def _append_logprobs(self, sequences: list[Sequence], logits: Tensor, tokens: list[int | None]) -> None:
-        wanted = [
-            i for i, s in enumerate(sequences) if s.sampling.logprobs is not None and tokens[i] is not None
-        ]
-        if not wanted:
-            return
-        found = token_logprobs(
-            logits[wanted],
-            [token for i in wanted if (token := tokens[i]) is not None],
-            [sequences[i].sampling.logprobs or 0 for i in wanted],
-        )
-        for i, logprob in zip(wanted, found, strict=True):
-            sequences[i].logprobs.append(logprob)
 
     # -- sequences to results --
 
@@ -460,6 +403,16 @@ def _find_new(stop: str, text: str, before: str) -> int:
     while start >= 0 and before.startswith(stop, start):
         start = text.find(stop, start + 1)
     return start
+
+
+def _wanted(chunks: Seq[Chunk]) -> Iterator[tuple[int, Sequence, list[int]]]:
+    """The first row of logits, the sequence and the positions of each chunk that has some."""
+    row = 0
+    for chunk in chunks:
+        positions = chunk.logit_positions
+        if positions and isinstance(chunk.owner, Sequence):
+            yield row, chunk.owner, positions
+        row += len(positions)
 
 
 def _read_probes(sequence: Sequence, positions: list[int], logits_RV: Tensor) -> None:

@@ -3,6 +3,7 @@
 A step of decoding is padded to one of a few row counts, and room is kept for a fixed number of prefix
 tiles, so a handful of graphs serves a whole job. Everything that differs from step to step lies in one
 tensor that is copied in before the replay; how many keys a row has is read from there by the kernels.
+Tokens that the host has not read yet come from the device into the same place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from b2batch.engine.cuda_attention import AttentionPlan, Upload
+from b2batch.engine.sampling import fill_in
 from b2batch.engine.span_attention import LayerAttention
 from b2batch.engine.spans import StepRows, buckets, pad_rows, prefix_capacity
 
@@ -91,10 +93,11 @@ class DecodeGraphs:
         """Graphs that exist."""
         return sum(shape.graph is not None for shape in self._shapes.values())
 
-    def run(self, rows: StepRows) -> Tensor:
-        """Logits (rows, V) of a decode step."""
+    def run(self, rows: StepRows, unread: Tensor | None = None) -> Tensor:
+        """Logits (rows, V) of a decode step; ``unread`` as in ``Runner.run``."""
         step = self._buckets.pad(rows)
         shape = self._shape(step)
+        fill_in(shape.inputs.lists[0], unread)
         shape.num_uses += 1
         if shape.graph is None and self._can_record and shape.num_uses > _USES_BEFORE_RECORDING:
             self._record(step, shape)

@@ -17,6 +17,7 @@ from b2batch.engine.calls import plan_calls
 from b2batch.engine.cpu_attention import compile_kernels
 from b2batch.engine.kv import Span
 from b2batch.engine.last_layer import LastLayer
+from b2batch.engine.sampling import fill_in
 from b2batch.engine.scheduler import Chunk, Move, Step
 from b2batch.errors import ModelError
 
@@ -61,8 +62,11 @@ class Runner:
         self._hidden = output[0][0]
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor:
-        """Logits of the step's wanted positions, in chunk order: (R, V) float32."""
+    def run(self, step: Step, unread: Tensor | None = None) -> Tensor:
+        """Logits of the step's wanted positions, in chunk order: (R, V) float32.
+
+        ``unread``: what the last step sampled, for sequences that end in a token of it; see ``sampling``.
+        """
         for move in step.moves:
             self._move(move)
         chunks = step.chunks
@@ -79,9 +83,11 @@ class Runner:
         }
         wanted = _wanted_rows(chunks)
         context = contexts[self.device]
+        ids = _ids(tokens, self.device)
+        fill_in(ids, unread)
         with attention.step_contexts(contexts), self._only(wanted, chunks, context) as is_cut:
             output = self.model(
-                input_ids=_ids(tokens, self.device)[None],
+                input_ids=ids[None],
                 position_ids=context.positions[None],
                 use_cache=False,
                 logits_to_keep=_ids(list(range(len(wanted))) if is_cut else wanted, self.index_device),

@@ -104,6 +104,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be chosen before the tokens of the last one are read.
+
+        Not where all running answers may be over. Nor where a span must grow: a sequence may have to move
+        for that, or another to go, and one whose numbers turn out not to be finite must leave its span clean.
+        """
+        return any(s.num_pending for s in self.running) and not any(map(self._must_grow, self.running))
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. It must fit the arena alone (the engine checks)."""
         self.waiting.append(sequence)
@@ -175,6 +184,9 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             num_tokens = min(sequence.num_pending, budget)
+            if not num_tokens:
+                index += 1
+                continue
             if not self._make_room(sequence, num_tokens, step):
                 if self._preempt_youngest() is sequence:
                     break
@@ -183,6 +195,12 @@ class Scheduler:
             budget -= num_tokens
             index += 1
         return budget
+
+    @staticmethod
+    def _must_grow(sequence: Sequence) -> bool:
+        assert sequence.span is not None
+        used = sequence.num_computed - sequence.prefix_length
+        return used + sequence.num_pending > sequence.span.size
 
     def _make_room(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
         """Grow the span so that ``num_tokens`` more fit; copy it elsewhere if it cannot grow in place."""

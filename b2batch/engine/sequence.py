@@ -22,6 +22,9 @@ class Sequence:
 
     A sequence with ``probes`` is scored, not continued: for each position, the token ids whose
     log-probability after that position is wanted. One that is embedded has none, and ``pooling``.
+
+    The newest token may be one that is on its way from the device: a number below 0 stands for it
+    (see ``in_flight``). It counts like any other.
     """
 
     __slots__ = (
@@ -94,8 +97,13 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens whose keys and values are still to be computed."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose keys and values are still to be computed; none once the answer has its last token."""
+        return 0 if self.is_full else len(self.tokens) - self.num_computed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an answer has all the tokens it may have, and is over once they are read."""
+        return 0 < self.max_tokens == self.num_generated
 
     @property
     def num_own(self) -> int:

@@ -23,10 +23,18 @@ def engine_of(
     max_model_len: int = MAX_MODEL_LEN,
     stop_token_ids: Iterable[int] = (2,),
     decode: Any = None,
+    make_vocabulary: Any = None,
+    runs_ahead: bool = False,
 ) -> Engine:
     limits = Limits(max_num_seqs, max_num_batched_tokens, kv_cache_tokens, enable_prefix_caching)
     return Engine(
-        model, limits, max_model_len=max_model_len, stop_token_ids=frozenset(stop_token_ids), decode=decode
+        model,
+        limits,
+        max_model_len=max_model_len,
+        stop_token_ids=frozenset(stop_token_ids),
+        decode=decode,
+        make_vocabulary=make_vocabulary,
+        runs_ahead=runs_ahead,
     )
 
 

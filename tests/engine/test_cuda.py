@@ -15,6 +15,7 @@ from b2batch.engine.calibration import Calibration
 from b2batch.engine.cuda_attention import CudaAttention, HeadShape, is_right
 from b2batch.engine.cuda_runner import CudaRunner, head_shape, make_runner
 from b2batch.engine.flash_attention import FlashPlan, torch_flash
+from b2batch.engine.in_flight import InFlight
 from b2batch.engine.runner import Runner, layer_devices
 from b2batch.engine.sampling import sample
 from b2batch.engine.sequence import Sequence
@@ -23,6 +24,7 @@ from b2batch.models.loading import load_model
 from b2batch.spec import EngineSpec, ModelSpec, SamplingSpec
 from engine.serving import engine_of, serve
 from engine.test_cuda_runner import KINDS, MAX_SEQS, decode_step, random_model, requests
+from engine.test_in_flight import LOADS, compare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,22 +125,37 @@ def test_tokens_are_drawn_as_on_a_cpu(sampling: dict[str, Any]) -> None:
     logits = torch.randn(33, 1000, generator=torch.Generator().manual_seed(0)) * 3
     stops = [frozenset({2})] * 33
     rows = sampled_rows(33, **sampling)
-    assert sample(logits.to(GPU), rows, stops) == sample(logits, rows, stops)
+    assert sample(logits.to(GPU), rows, stops).tolist() == sample(logits, rows, stops).tolist()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_tokens": 2}])
-def test_the_host_waits_once_for_the_tokens(sampling: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_tokens": 2, "repetition_penalty": 1.1},
+        {"temperature": 1.0, "top_p": 0.8, "frequency_penalty": 0.5, "logprobs": 3},
+    ],
+)
+def test_the_host_does_not_wait_before_it_reads_the_tokens(sampling: dict[str, Any]) -> None:
     logits = torch.randn(8, 1000, device=GPU)
     rows, stops = sampled_rows(8, **sampling), [frozenset({2})] * 8
-    sample(logits, rows, stops)  # compiles and allocates
+    unread = sample(logits, rows, stops)  # compiles and allocates
+    for row, sequence in enumerate(rows):
+        sequence.tokens.append(-1 - row)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sample(logits, rows, stops)
+            InFlight.of(rows, logits, sample(logits, rows, stops, unread))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    assert not [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_gpu_that_is_a_step_ahead_answers_as_one_that_is_waited_for(name: str) -> None:
+    """Padded and replayed steps take their tokens from the device, and others their KV's places."""
+    compare(LOADS[name])
 
 
 def test_head_shapes_are_read_from_the_model() -> None:

@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b2batch.engine.sampling import distribution, sample, token_logprobs, uniform
+from b2batch.engine.sampling import distribution, read_logprobs, sample, token_logprobs, uniform
 from b2batch.engine.sequence import Sequence
 from b2batch.spec import SamplingSpec
 
@@ -40,7 +40,8 @@ class Row:
 
 def draw(rows: list[Row]) -> list[int | None]:
     logits = torch.tensor([row.logits for row in rows])
-    return sample(logits, [row.sequence() for row in rows], [row.stops for row in rows])
+    tokens = sample(logits, [row.sequence() for row in rows], [row.stops for row in rows]).tolist()
+    return [None if token == -1 else token for token in tokens]
 
 
 def processed(row: Row) -> np.ndarray:
@@ -147,6 +148,20 @@ def test_a_row_does_not_depend_on_its_neighbours(batch: list[Row]) -> None:
     assert together[::-1] == draw(batch[::-1])
 
 
+@settings(max_examples=100, deadline=None)
+@given(batch=st.lists(rows(), min_size=1, max_size=5))
+def test_a_token_that_only_the_device_knows_counts_as_any_other(batch: list[Row]) -> None:
+    """The newest one, of every second row; the step that sampled it had more rows than go on."""
+    sequences, newest = [row.sequence() for row in batch], []
+    for index, sequence in enumerate(sequences):
+        newest += [-1, sequence.tokens[-1]]
+        if index % 2 and sequence.num_generated:
+            sequence.tokens[-1] = -1 - (len(newest) - 1)
+    logits = torch.tensor([row.logits for row in batch])
+    found = sample(logits, sequences, [row.stops for row in batch], torch.tensor(newest))
+    assert found.tolist() == [-1 if token is None else token for token in draw(batch)]
+
+
 def settings_of(**sampling: Any) -> Row:
     logits = [3.0, 2.0, 1.0] + [0.0] * (VOCAB - 3)
     return Row(logits, [VOCAB - 1], [], frozenset(), SamplingSpec(**sampling))
@@ -213,8 +228,8 @@ def test_an_end_token_that_the_model_does_not_have_is_never_met() -> None:
 
 
 def test_alternatives_are_at_most_the_vocabulary() -> None:
-    (entry,) = token_logprobs(torch.zeros(1, VOCAB), [0], [VOCAB + 5])
-    assert set(entry.top) == set(range(VOCAB))
+    (row,) = token_logprobs(torch.zeros(1, VOCAB), torch.tensor([0]), VOCAB + 5).tolist()
+    assert set(read_logprobs(row, 0, VOCAB + 5).top) == set(range(VOCAB))
 
 
 def test_the_batch_is_left_as_it_was() -> None:
@@ -257,13 +272,15 @@ def test_rounding_of_the_logits_hardly_ever_moves_a_draw() -> None:
     sequences = [Sequence(str(i), 0, [1], sampling, 9) for i in range(len(logits))]
     stops = [frozenset[int]()] * len(logits)
     jittered = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) * 1e-6
-    assert sample(jittered, sequences, stops) == sample(logits, sequences, stops)
+    assert sample(jittered, sequences, stops).tolist() == sample(logits, sequences, stops).tolist()
 
 
 def test_logprobs_are_before_any_processor() -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     expected = logits.double().log_softmax(-1)
-    for row, entry in enumerate(token_logprobs(logits, [4, 0, 9], [0, 1, 3])):
+    found, tokens = token_logprobs(logits, torch.tensor([4, 0, 9]), 3).tolist(), [4, 0, 9]
+    for row, (values, token) in enumerate(zip(found, tokens, strict=True)):
+        entry = read_logprobs(values, token, [0, 1, 3][row])
         assert entry.logprob == pytest.approx(expected[row, entry.token_id].item(), abs=1e-5)
         best = expected[row].argsort(descending=True)[: [0, 1, 3][row]].tolist()
         assert list(entry.top) == best

@@ -89,12 +89,16 @@ def loads(draw: st.DrawFn) -> Load:
     return Load(limits, arrivals)
 
 
-def play(load: Load) -> tuple[Scheduler, FakeModel]:
-    """Run a load to its end, checking every step."""
+def play(load: Load, runs_ahead: bool = False) -> tuple[Scheduler, FakeModel]:
+    """Run a load to its end, checking every step.
+
+    Where it ``runs_ahead``, which answers are over is told after the next step was chosen and ran.
+    """
     scheduler, model = Scheduler(load.limits), FakeModel(load.limits)
     late = sorted(load.arrivals, key=lambda arrival: arrival[0])
     answers: dict[Sequence, int] = {}
     num_finished = num_steps = 0
+    unread: list[Sequence] = []  # that got a token in the last step
     longest_wait = 50 * sum(len(prompt) + answer for _, prompt, answer, _ in load.arrivals) + 100
     while late or scheduler.has_work:
         while late and (late[0][0] <= num_steps or not scheduler.has_work):
@@ -102,14 +106,22 @@ def play(load: Load) -> tuple[Scheduler, FakeModel]:
             sequence = Sequence(str(len(answers)), 0, list(prompt), SAMPLING, max_tokens)
             answers[sequence] = answer
             scheduler.add(sequence)
+        is_ahead = runs_ahead and scheduler.can_run_ahead
+        if not is_ahead:
+            num_finished += finish(scheduler, unread, answers)
+            unread = []
         step = scheduler.schedule()
-        model.run(step, scheduler.running)
+        assert step.chunks or (unread and not is_ahead) or not scheduler.has_work
+        if step.chunks:
+            model.run(step, scheduler.running)
+        assert not (is_ahead and step.moves)
         scheduler.check_integrity()
         scheduler.advance(step)
-        done = [owner for chunk in step.chunks if isinstance(owner := give_token(chunk, answers), Sequence)]
-        scheduler.finish(done)
-        scheduler.check_integrity()
-        num_finished += len(done)
+        num_finished += finish(scheduler, unread, answers)
+        unread = [owner for chunk in step.chunks if (owner := give_token(chunk, answers)) is not None]
+        if not runs_ahead:
+            num_finished += finish(scheduler, unread, answers)
+            unread = []
         num_steps += 1
         assert num_steps < longest_wait, "no progress"
     assert num_finished == len(load.arrivals)
@@ -118,18 +130,26 @@ def play(load: Load) -> tuple[Scheduler, FakeModel]:
 
 
 def give_token(chunk: Chunk, answers: dict[Sequence, int]) -> Sequence | None:
-    """Append a token where the chunk reached the end; the sequence if that was its last."""
+    """Append a token where the chunk reached the end; the sequence if its answer was not over before."""
     owner = chunk.owner
-    if isinstance(owner, PrefixSpan) or not chunk.logit_positions:
+    if isinstance(owner, PrefixSpan) or not chunk.logit_positions or owner.num_generated == answers[owner]:
         return None
     owner.tokens.append(10_000 + owner.num_generated)
-    return owner if owner.num_generated == answers[owner] else None
+    return owner
+
+
+def finish(scheduler: Scheduler, read: list[Sequence], answers: dict[Sequence, int]) -> int:
+    """Take out those whose last token was read; how many."""
+    done = [sequence for sequence in read if sequence.num_generated == answers[sequence]]
+    scheduler.finish(done)
+    scheduler.check_integrity()
+    return len(done)
 
 
 @settings(max_examples=250)
-@given(load=loads())
-def test_any_load_ends_with_every_key_in_its_place(load: Load) -> None:
-    play(load)
+@given(load=loads(), runs_ahead=st.booleans())
+def test_any_load_ends_with_every_key_in_its_place(load: Load, runs_ahead: bool) -> None:
+    play(load, runs_ahead)
 
 
 def answers_of(num: int, prompt_tokens: int, answer: int) -> list[tuple[int, list[int], int, int]]:
