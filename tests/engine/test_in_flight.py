@@ -170,7 +170,7 @@ SCORED: list[AnyRequest] = [
     ScoreRequest("spoilt", [*tokens_of(51, 9), DAMAGED], [[8]]),
     EmbedRequest("embedded", tokens_of(52, 9), "mean"),
 ]
-DRAWN = {"temperature": 1.0, "seed": 5}
+DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 LOADS: dict[str, Load] = {
     "greedy": at_once(rows()),
     "drawn": at_once(rows(**DRAWN)),
@@ -249,6 +249,16 @@ def test_an_answer_that_ends_unseen_costs_one_row_more() -> None:
     _, _, ahead = play(load, runs_ahead=True)
     assert (waiting.stats.num_generated_tokens, ahead.stats.num_generated_tokens) == (1, 1)
     assert ahead.stats.num_computed_tokens == waiting.stats.num_computed_tokens + 1
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_whatever_ends_while_a_request_is_cancelled_or_memory_is_short(number: int) -> None:
+    """Answers of 1 to 6 tokens: at each step some are over, and in flight."""
+    requests = [request for i in range(1, 7) for request in rows(i, max_tokens=i)[-1:]]
+    arrivals: list[tuple[int, AnyRequest]] = [(0, request) for request in requests]
+    compare(Load(arrivals, cancelled={"row 3": number}))
+    compare(Load(arrivals, cancelled={"row 5": number}))
+    compare(Load(arrivals, full_at=frozenset({number})))
 
 
 def test_a_request_that_was_cancelled_may_come_again() -> None:
