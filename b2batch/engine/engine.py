@@ -166,7 +166,9 @@ class Engine:
     @property
     def _can_run_ahead(self) -> bool:
         """Whether nobody on the host must know the tokens that are in flight before the next step."""
-        in_flight = self._in_flight.sequences.values() if self._in_flight else ()
+        if self._in_flight is None:
+            return True
+        in_flight = self._in_flight.sequences.values()
         return self._scheduler.can_run_ahead and all(sequence.constraint is None for sequence in in_flight)
 
     def _launch(self) -> InFlight | None:

@@ -216,6 +216,7 @@ def test_answers_are_those_of_an_engine_that_waits(name: str) -> None:
     answers, watched, engine = compare(LOADS[name])
     assert (watched.num_ahead > 0) is (name != "one token each")
     assert all(token >= 0 for x in answers.values() for c in x.completions for token in c.token_ids)
+    assert all(cache.isfinite().all() for pair in engine.runner.caches for cache in pair)
     assert engine.scheduler_stats.num_preempted > 0 or name not in ("preemption", "out of memory")
 
 
