@@ -152,7 +152,7 @@ class _Trial:
         owners = [chunk.owner for chunk in chunks if isinstance(chunk.owner, Sequence)]
         no_stops: list[frozenset[int]] = [frozenset()] * len(owners)
         started_s = time.perf_counter()
-        sample(self._runner.run(Step(chunks)), owners, no_stops)
+        sample(self._runner.run(Step(chunks)), owners, no_stops).tolist()
         return time.perf_counter() - started_s
 
     def _num_sequences(self, size: int) -> int:

@@ -54,10 +54,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     compute = Runner.run
 
-    def run(runner: Runner, step: Step) -> torch.Tensor:
+    def run(runner: Runner, step: Step, unread: torch.Tensor | None = None) -> torch.Tensor:
         clock.note(step)
         if clock.computes:
-            return compute(runner, step)
+            return compute(runner, step, unread)
         return torch.zeros(sum(len(chunk.logit_positions) for chunk in step.chunks), 9)
 
     monkeypatch.setattr(Runner, "run", run)
@@ -113,7 +113,7 @@ def test_only_what_the_limits_allow_is_tried(
 def test_a_trial_that_runs_out_of_memory_keeps_the_default(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(runner: Runner, step: Step) -> torch.Tensor:
+    def run(runner: Runner, step: Step, unread: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Runner, "run", run)
@@ -123,7 +123,7 @@ def test_a_trial_that_runs_out_of_memory_keeps_the_default(
 def test_another_fault_of_the_model_is_not_hidden(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(runner: Runner, step: Step) -> torch.Tensor:
+    def run(runner: Runner, step: Step, unread: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
 
     monkeypatch.setattr(Runner, "run", run)

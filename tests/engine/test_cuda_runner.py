@@ -79,7 +79,7 @@ def requests() -> list[Request | ScoreRequest]:
 
 @pytest.mark.parametrize(
     ("kind", "runs_ahead"),
-    [(kind, False) for kind in KINDS] + [(kind, True) for kind in ("grouped", "alibi")],
+    [*((kind, False) for kind in KINDS), ("grouped", True)],
 )
 def test_the_engine_writes_the_same_on_either_runner(kind: str, runs_ahead: bool) -> None:
     """Ahead, the token of a padded step's row comes from the device into the place of a graph's input."""

@@ -319,7 +319,7 @@ def loads(draw: st.DrawFn) -> Load:
     return Load(arrivals, limits, cancelled, full_at)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(load=loads())
 def test_any_load_has_the_same_answers(load: Load) -> None:
     compare(load)

@@ -148,7 +148,7 @@ def test_a_row_does_not_depend_on_its_neighbours(batch: list[Row]) -> None:
     assert together[::-1] == draw(batch[::-1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batch=st.lists(rows(), min_size=1, max_size=5))
 def test_a_token_that_only_the_device_knows_counts_as_any_other(batch: list[Row]) -> None:
     """The newest one, of every second row; the step that sampled it had more rows than go on."""
