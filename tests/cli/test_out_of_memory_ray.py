@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from b2batch.engine.runner import Runner
+
 from .command import b2batch, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -28,17 +30,16 @@ compute = Runner.run
 def mapped():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
-def compute_in_less(runner, step):
+def compute_in_less(runner, *args):
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (mapped() + {HEADROOM_BYTES}, hard))
     try:
-        return compute(runner, step)
+        return compute(runner, *args)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-Runner.run = compute_in_less
-
 def keep(row):
+    Runner.run = compute_in_less  # not when it is imported, which the driver does as well
     return row
 """
 
@@ -64,8 +65,10 @@ def answers(directory: Path, texts: list[str], **sections: Any) -> list[str]:
 def test_a_real_allocation_that_fails_costs_half_the_batch_and_no_row(tmp_path: Path) -> None:
     chance = random.Random(0)
     texts = ["".join(chance.choices("好坏服务很差天气不错", k=k)) for k in [20] * 16 + [900] * 8]
+    compute = Runner.run
     calm = answers(tmp_path / "calm", texts)
     short = answers(tmp_path / "short", texts, preprocess={"function": "limited:keep", "source": LIMITED})
+    assert Runner.run is compute, "the limit is the replica's alone"
     assert short == calm
     found = b2batch("status", tmp_path / "short" / "out", "--json")
     status = json.loads(found.stdout)
