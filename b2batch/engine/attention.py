@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from b2batch.engine.calls import Calls, DecodeCall, OwnCall, PrefixCall
-from b2batch.engine.cpu_attention import decode_attention, prefill_attention
+from b2batch.engine.cpu_attention import computes, decode_attention, prefill_attention
 
 ATTENTION_NAME = "b2batch"
 
@@ -143,7 +143,7 @@ class _Layer:
         self, calls: tuple[OwnCall, ...], query_TQD: Tensor, out_TQD: Tensor, lse_TQ: Tensor
     ) -> None:
         """Causal attention of chunks to their spans."""
-        if self.keys.is_cpu and self.keys.dtype == torch.float32:
+        if computes(self.keys.device, self.keys.dtype):
             chunks = self.step.once(calls, lambda: _chunk_array(calls))
             prefill_attention(
                 query_TQD, self.keys, self.values, chunks, self.slopes, self.scaling, out_TQD, lse_TQ

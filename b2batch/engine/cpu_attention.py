@@ -179,6 +179,11 @@ def _prefill_kernel(size: int) -> Callable[..., Any]:
     return prefill
 
 
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are for keys and values there, in that dtype."""
+    return device.type == "cpu" and dtype == torch.float32
+
+
 def decode_attention(
     query_BQD: Tensor,
     keys_SKD: Tensor,

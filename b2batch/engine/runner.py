@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from b2batch.engine import attention
 from b2batch.engine.attention import StepContext
 from b2batch.engine.calls import plan_calls
-from b2batch.engine.cpu_attention import compile_kernels
+from b2batch.engine.cpu_attention import compile_kernels, computes
 from b2batch.engine.kv import Span
 from b2batch.engine.last_layer import LastLayer
 from b2batch.engine.sampling import fill_in
@@ -36,7 +36,7 @@ class Runner:
         layers = layer_devices(model)
         self.devices = tuple(dict.fromkeys((self.device, *layers)))
         shape = KVShape.of(model)
-        self._joins_decodes = self.device.type == "cpu" and shape.dtype == torch.float32
+        self._joins_decodes = computes(self.device, shape.dtype)
         if self._joins_decodes:
             compile_kernels(shape.head_dim)
         self.caches = [
