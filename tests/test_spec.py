@@ -143,12 +143,9 @@ def test_what_the_environment_put_in_is_taken_out_of_messages(
     monkeypatch.setenv("B2_TEST_TOKEN", "canary/token+1")
     assert resolve_env("s3://${env:B2_TEST_TOKEN}@x") == "s3://canary/token+1@x"
     assert mask_env("cannot open s3://canary/token+1@x") == "cannot open s3://${env:B2_TEST_TOKEN}@x"
-    logger = logging.getLogger("b2batch")
-    kept = logger.handlers[:], logger.level, logger.propagate
     for json_lines in (False, True):
         setup_logging(json_lines=json_lines)
         logging.getLogger("b2batch.inputs").warning("%s is gone", "s3://canary/token+1@x")
-    logger.handlers[:], logger.level, logger.propagate = kept
     said = capsys.readouterr().err
     assert said.count("s3://${env:B2_TEST_TOKEN}@x is gone") == 2
     assert "canary" not in said

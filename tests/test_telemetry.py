@@ -6,14 +6,6 @@ import pytest
 from b2batch.telemetry import Progress, Rate, eta_s, setup_logging
 
 
-@pytest.fixture(autouse=True)
-def _logger_put_back():
-    logger = logging.getLogger("b2batch")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
-
-
 def test_rate_is_that_of_the_window_not_of_all_time():
     rate = Rate(window_s=10.0)
     assert rate.per_s == 0.0
