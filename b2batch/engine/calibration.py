@@ -150,9 +150,8 @@ class _Trial:
         """Run a step of so many rows; its seconds, until its tokens are on the host."""
         chunks = [self._chunk(index) for index in range(self._num_sequences(size))]
         owners = [chunk.owner for chunk in chunks if isinstance(chunk.owner, Sequence)]
-        no_stops: list[frozenset[int]] = [frozenset()] * len(owners)
         started_s = time.perf_counter()
-        sample(self._runner.run(Step(chunks)), owners, no_stops).tolist()
+        sample(self._runner.run(Step(chunks)), owners).tolist()
         return time.perf_counter() - started_s
 
     def _num_sequences(self, size: int) -> int:

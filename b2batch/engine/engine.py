@@ -36,7 +36,6 @@ from b2batch.engine.sampling import put, sample
 from b2batch.engine.scheduler import Chunk, Limits, Scheduler, SchedulerStats
 from b2batch.engine.sequence import Sequence
 from b2batch.rows import FinishReason
-from b2batch.spec import SamplingSpec
 
 _LEAST_TOKENS = 16  # of a step, where memory is short
 
@@ -93,12 +92,11 @@ class Engine:
             raise ValueError("max_num_batched_tokens is less than max_num_seqs: some sequences would starve")
         self.stats = EngineStats()
         vocab_size: int = model.config.get_text_config().vocab_size
-        self._intake = Intake(max_model_len, vocab_size, make_vocabulary)
+        self._intake = Intake(max_model_len, vocab_size, stop_token_ids, make_vocabulary)
         self._grammars = self._intake.grammars
         self._full_limits = limits
         self._scheduler = Scheduler(limits)
         self.runner = make_runner(model, limits.kv_cache_tokens, limits.max_num_seqs)
-        self._stop_token_ids = stop_token_ids
         self._decode = decode
         self._runs_ahead = runs_ahead
         self._in_flight: InFlight | None = None
@@ -261,8 +259,7 @@ class Engine:
         rows, sequences = map(list, zip(*found, strict=True))
         if len(rows) < len(logits):
             logits = logits.index_select(0, put(rows, logits))
-        stops = [self._stops_of(sequence.sampling) for sequence in sequences]
-        tokens = sample(self._constrain(sequences, logits), sequences, stops, unread)
+        tokens = sample(self._constrain(sequences, logits), sequences, unread)
         return InFlight.of(sequences, logits, tokens)
 
     def _score(self, chunks: Seq[Chunk], logits: Tensor) -> list[Sequence]:
@@ -327,7 +324,7 @@ class Engine:
             refusal = sequence.constraint.accept(token)
             if refusal is not None:
                 return _complete(sequence, FinishReason.ERROR, error=f"the grammar failed: {refusal}")
-        if token in self._stops_of(sequence.sampling):
+        if token in sequence.stops:
             return _complete(sequence, FinishReason.STOP, num_stop_tokens=1)
         if sequence.constraint is not None and sequence.constraint.is_complete:
             return _complete(sequence, FinishReason.STOP)
@@ -337,10 +334,6 @@ class Engine:
         if sequence.num_generated >= sequence.max_tokens:
             return _complete(sequence, FinishReason.LENGTH)
         return None
-
-    def _stops_of(self, sampling: SamplingSpec) -> frozenset[int]:
-        eos = frozenset() if sampling.ignore_eos else self._stop_token_ids
-        return eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos
 
     def _stop_text(self, sequence: Sequence) -> tuple[str, int] | None:
         """The stop string that the newest token completed, and the characters from its start on.

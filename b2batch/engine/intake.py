@@ -16,12 +16,20 @@ _SCORING = SamplingSpec()
 
 
 class Intake:
-    """Knows what the model can take. ``grammars`` is None where the vocabulary is not known."""
+    """Knows what the model can take. ``grammars`` is None where the vocabulary is not known.
+
+    ``stop_token_ids`` are the model's own; a request may ignore them, and name more.
+    """
 
     def __init__(
-        self, max_model_len: int, vocab_size: int, make_vocabulary: Callable[[], LLTokenizer] | None
+        self,
+        max_model_len: int,
+        vocab_size: int,
+        stop_token_ids: frozenset[int],
+        make_vocabulary: Callable[[], LLTokenizer] | None,
     ) -> None:
         self._max_model_len = max_model_len
+        self._stop_token_ids = stop_token_ids
         self._vocab_size = vocab_size
         self.grammars = (
             Grammars(make_vocabulary, vocab_size, num_threads=torch.get_num_threads())
@@ -65,6 +73,7 @@ class Intake:
         if room < 1:
             raise ValueError(f"a prompt of {len(prompt)} tokens fills the context of {self._max_model_len}")
         max_tokens = min(request.sampling.max_tokens or room, room)
+        stops = self._stops(request.sampling)
         return [
             Sequence(
                 request.request_id,
@@ -72,10 +81,15 @@ class Intake:
                 list(prompt),
                 request.sampling,
                 max_tokens,
+                stops,
                 constraint=self._constraint(request),
             )
             for index in range(request.sampling.n)
         ]
+
+    def _stops(self, sampling: SamplingSpec) -> frozenset[int]:
+        eos = frozenset[int]() if sampling.ignore_eos else self._stop_token_ids
+        return eos.union(sampling.stop_token_ids)
 
     def _constraint(self, request: Request) -> Constraint | None:
         if request.grammar is None:

@@ -31,20 +31,16 @@ from b2batch.rows import TokenLogprob
 _ROWS_AT_ONCE = 32  # whose noise is drawn: it may be as wide as the vocabulary, in eight bytes
 
 
-def sample(
-    logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]], unread: Tensor | None = None
-) -> Tensor:
+def sample(logits_RV: Tensor, rows: Seq[Sequence], unread: Tensor | None = None) -> Tensor:
     """The next token of each row (R,), -1 where the model gave no finite maximum.
 
-    ``stop_ids`` are the tokens that end each row; they are forbidden below ``min_tokens``. ``unread`` is
-    what the last step sampled, if some rows end in a token of it.
+    ``unread`` is what the last step sampled, if some rows end in a token of it.
     """
     best, tokens = logits_RV.max(dim=-1)
-    special = [r for r, row in enumerate(rows) if not _is_plain_greedy(row, stop_ids[r])]
+    special = [r for r, row in enumerate(rows) if not _is_plain_greedy(row)]
     if special:
         index = put(special, logits_RV)
-        own_rows, own_stops = [rows[r] for r in special], [stop_ids[r] for r in special]
-        found = _process(logits_RV.index_select(0, index), own_rows, own_stops, unread)
+        found = _process(logits_RV.index_select(0, index), [rows[r] for r in special], unread)
         was_finite = torch.isfinite(best.index_select(0, index))
         best = best.index_copy(0, index, found[0].masked_fill(~was_finite, float("nan")))
         tokens = tokens.index_copy(0, index, found[1])
@@ -117,26 +113,31 @@ def read_logprobs(row: Seq[float], token: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(token, logprob, dict(islice(alternatives, num_top)))
 
 
-def _is_plain_greedy(row: Sequence, stop_ids: frozenset[int]) -> bool:
+def _forbids_stops(row: Sequence) -> bool:
+    return bool(row.stops) and row.num_generated < row.sampling.min_tokens
+
+
+def _is_plain_greedy(row: Sequence) -> bool:
     s = row.sampling
-    forbids = bool(stop_ids) and row.num_generated < s.min_tokens
     return s.temperature == 0 and not (
-        forbids or s.logit_bias or s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+        _forbids_stops(row)
+        or s.logit_bias
+        or s.repetition_penalty != 1
+        or s.presence_penalty
+        or s.frequency_penalty
     )
 
 
-def _process(
-    logits_RV: Tensor, rows: Seq[Sequence], stop_ids: Seq[frozenset[int]], unread: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _process(logits_RV: Tensor, rows: Seq[Sequence], unread: Tensor | None) -> tuple[Tensor, Tensor]:
     """Penalties, bias, temperature: the largest logit (R,), not finite where they leave none; tokens (R,).
 
     Works in ``logits_RV``.
     """
     vocab_size = logits_RV.shape[-1]
-    for logits, row, stops in zip(logits_RV, rows, stop_ids, strict=True):
+    for logits, row in zip(logits_RV, rows, strict=True):
         _penalise(logits, row, unread)
-        if stops and row.num_generated < row.sampling.min_tokens:
-            known = [token for token in stops if token < vocab_size]
+        if _forbids_stops(row):
+            known = [token for token in row.stops if token < vocab_size]
             logits.index_fill_(0, put(known, logits, torch.long), float("-inf"))
     best, tokens = logits_RV.max(dim=-1)
     drawn = [r for r, row in enumerate(rows) if row.sampling.temperature > 0]

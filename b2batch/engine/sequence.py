@@ -20,6 +20,8 @@ class Sequence:
         KV       |- prefix -|-- own span --|            num_computed
                  shared, not ours
 
+    An answer is over with any token of ``stops``, which are forbidden below ``min_tokens``.
+
     A sequence with ``probes`` is scored, not continued: for each position, the token ids whose
     log-probability after that position is wanted. One that is embedded has none, and ``pooling``.
 
@@ -42,6 +44,7 @@ class Sequence:
         "sampling",
         "scores",
         "span",
+        "stops",
         "tokens",
     )
 
@@ -52,6 +55,7 @@ class Sequence:
         prompt: list[int],
         sampling: SamplingSpec,
         max_tokens: int,
+        stops: frozenset[int] = frozenset(),
         probes: Mapping[int, tuple[int, ...]] | None = None,
         pooling: Literal["mean", "last"] | None = None,
         constraint: Constraint | None = None,
@@ -62,6 +66,7 @@ class Sequence:
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.max_tokens = max_tokens
+        self.stops = stops
         self.probes = probes
         self.pooling = pooling
         self.constraint = constraint

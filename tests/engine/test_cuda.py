@@ -109,7 +109,9 @@ def test_float32_logits_come_from_half_weights_without_a_copy(dtype: torch.dtype
 
 
 def sampled_rows(count: int, **sampling: Any) -> list[Sequence]:
-    return [Sequence(f"row {i}", 0, [5, 9, i], SamplingSpec(**sampling), 8) for i in range(count)]
+    return [
+        Sequence(f"row {i}", 0, [5, 9, i], SamplingSpec(**sampling), 8, frozenset({2})) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,8 @@ def sampled_rows(count: int, **sampling: Any) -> list[Sequence]:
 )
 def test_tokens_are_drawn_as_on_a_cpu(sampling: dict[str, Any]) -> None:
     logits = torch.randn(33, 1000, generator=torch.Generator().manual_seed(0)) * 3
-    stops = [frozenset({2})] * 33
     rows = sampled_rows(33, **sampling)
-    assert sample(logits.to(GPU), rows, stops).tolist() == sample(logits, rows, stops).tolist()
+    assert sample(logits.to(GPU), rows).tolist() == sample(logits, rows).tolist()
 
 
 @pytest.mark.parametrize(
@@ -138,15 +139,15 @@ def test_tokens_are_drawn_as_on_a_cpu(sampling: dict[str, Any]) -> None:
 )
 def test_the_host_does_not_wait_before_it_reads_the_tokens(sampling: dict[str, Any]) -> None:
     logits = torch.randn(8, 1000, device=GPU)
-    rows, stops = sampled_rows(8, **sampling), [frozenset({2})] * 8
-    unread = sample(logits, rows, stops)  # compiles and allocates
+    rows = sampled_rows(8, **sampling)
+    unread = sample(logits, rows)  # compiles and allocates
     for row, sequence in enumerate(rows):
         sequence.tokens.append(-1 - row)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            InFlight.of(rows, logits, sample(logits, rows, stops, unread))
+            InFlight.of(rows, logits, sample(logits, rows, unread))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not [str(w.message) for w in caught if "synchroniz" in str(w.message)]

@@ -33,14 +33,14 @@ class Row:
     request_id: str = "row"
 
     def sequence(self) -> Sequence:
-        sequence = Sequence(self.request_id, 0, list(self.prompt), self.sampling, 100)
+        sequence = Sequence(self.request_id, 0, list(self.prompt), self.sampling, 100, self.stops)
         sequence.tokens += self.written
         return sequence
 
 
 def draw(rows: list[Row]) -> list[int | None]:
     logits = torch.tensor([row.logits for row in rows])
-    tokens = sample(logits, [row.sequence() for row in rows], [row.stops for row in rows]).tolist()
+    tokens = sample(logits, [row.sequence() for row in rows]).tolist()
     return [None if token == -1 else token for token in tokens]
 
 
@@ -158,7 +158,7 @@ def test_a_token_that_only_the_device_knows_counts_as_any_other(batch: list[Row]
         if index % 2 and sequence.num_generated:
             sequence.tokens[-1] = -1 - (len(newest) - 1)
     logits = torch.tensor([row.logits for row in batch])
-    found = sample(logits, sequences, [row.stops for row in batch], torch.tensor(newest))
+    found = sample(logits, sequences, torch.tensor(newest))
     assert found.tolist() == [-1 if token is None else token for token in draw(batch)]
 
 
@@ -235,7 +235,7 @@ def test_alternatives_are_at_most_the_vocabulary() -> None:
 def test_the_batch_is_left_as_it_was() -> None:
     row = settings_of(temperature=1.0, repetition_penalty=2.0, logit_bias={0: -5.0})
     logits = torch.tensor([row.logits])
-    sample(logits, [row.sequence()], [row.stops])
+    sample(logits, [row.sequence()])
     assert logits[0].tolist() == row.logits
 
 
@@ -270,9 +270,8 @@ def test_rounding_of_the_logits_hardly_ever_moves_a_draw() -> None:
     logits = torch.randn(500, 4000, generator=torch.Generator().manual_seed(1)) * 0.05
     sampling = SamplingSpec(temperature=1.0)
     sequences = [Sequence(str(i), 0, [1], sampling, 9) for i in range(len(logits))]
-    stops = [frozenset[int]()] * len(logits)
     jittered = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) * 1e-6
-    assert sample(jittered, sequences, stops).tolist() == sample(logits, sequences, stops).tolist()
+    assert sample(jittered, sequences).tolist() == sample(logits, sequences).tolist()
 
 
 def test_logprobs_are_before_any_processor() -> None:
