@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from b2batch.cluster.policy import LEAST_CONDEMNED, DispatchPolicy
 from b2batch.errors import Drained, NothingToDo, PlanOutdated
@@ -33,6 +32,7 @@ from b2batch.outputs.success import Success, allowed_errors
 from b2batch.preflight import PreparedJob, prepare_job
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec
+from b2batch.worker_args import WorkerArgs
 from b2batch.worker_start import start_worker, with_fixed_model
 
 logger = logging.getLogger(__name__)
@@ -283,17 +283,16 @@ class _Run:
         dtype = "float32" if is_wide else gpu_dtype(checkpoint, model)
         return 2 * weight_bytes(Architecture.of(checkpoint.config), dtype, None)
 
-    def _worker_args(self) -> dict[str, Any]:
-        """The members of the ``WorkerArgs`` of each replica."""
-        return {
-            "spec": with_fixed_model(self._job.spec, self._job.checkpoint),
-            "files": self._job.plan.files,
-            "input_schema": self._job.plan.schema,
-            "output_uri": self._store.uri,
-            "run_id": self._job.record.run_id,
-            "epoch": self._epoch.number,
-            "provenance": self._job.record.provenance,
-        }
+    def _worker_args(self) -> WorkerArgs:
+        return WorkerArgs(
+            spec=with_fixed_model(self._job.spec, self._job.checkpoint),
+            files=self._job.plan.files,
+            input_schema=self._job.plan.schema,
+            output_uri=self._store.uri,
+            run_id=self._job.record.run_id,
+            epoch=self._epoch.number,
+            provenance=self._job.record.provenance,
+        )
 
     def _find_committed(self, unit: WorkUnit) -> UnitCounts | None:
         report = self._directory.find_part(unit)

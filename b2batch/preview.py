@@ -91,8 +91,8 @@ def _answer(
     # torch takes seconds to import: prompts alone are shown without it.
     from b2batch.answers import make_reader
     from b2batch.engine.heap import return_freed_memory
+    from b2batch.engine_start import make_engine
     from b2batch.models.loading import load_model
-    from b2batch.worker import make_engine
 
     return_freed_memory()
     loaded = load_model(spec.model, spec.cluster.gpus_per_model)

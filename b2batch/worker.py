@@ -19,29 +19,20 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from b2batch.answers import make_reader
 from b2batch.encoding import RowEncoder
-from b2batch.engine import guard, lockstep, packing
-from b2batch.engine.calibration import Calibration
-from b2batch.engine.cpu_layers import fuse_layers
 from b2batch.engine.deduplication import Deduplicator
 from b2batch.engine.engine import Engine
-from b2batch.engine.heap import keep_freed_memory, return_freed_memory
-from b2batch.engine.memory import is_out_of_memory, refuse_too_large, resolve_limits
+from b2batch.engine.memory import is_out_of_memory
 from b2batch.engine.request import AnyRequest, Finished
 from b2batch.errors import Fenced, ReplicaSuspect, RowError, RowFailure, RowFault, Stage, StorageError
 from b2batch.failpoints import failpoint, is_poison, take_poison
-from b2batch.inputs.files import InputFile
 from b2batch.inputs.unit_reader import UnitReader
-from b2batch.models.loading import LoadedModel, load_model
-from b2batch.models.sharding import shard
+from b2batch.models.loading import LoadedModel
 from b2batch.outputs.parts import Part, PartOrigin, commit_part, encode_part
 from b2batch.outputs.schema import output_schema
 from b2batch.outputs.store import open_store
@@ -54,27 +45,14 @@ from b2batch.rows import (
     UnitReport,
     WorkUnit,
 )
-from b2batch.spec import JobSpec
 from b2batch.telemetry import Progress
+from b2batch.worker_args import WorkerArgs
 
 logger = logging.getLogger(__name__)
 
 _MAX_UNSAVED = 4  # parts kept for another attempt at their unit
 
 _MAX_FAILURES_TOLD = 20  # by one worker: a million bad rows must not fill a disk with its log
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerArgs:
-    """All that a worker needs to know of a run; small, and safe to pickle."""
-
-    spec: JobSpec
-    files: tuple[InputFile, ...]
-    input_schema: pa.Schema
-    output_uri: str
-    run_id: str
-    epoch: int
-    provenance: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -98,95 +76,6 @@ class _OpenUnit:
     @property
     def is_complete(self) -> bool:
         return len(self.results) == len(self.rows)
-
-
-def make_worker(args: WorkerArgs) -> Worker:
-    """Load the model and build the worker; what a replica runs first.
-
-    Raises:
-        CallerError: the checkpoint or the spec cannot be used here.
-    """
-    num_ranks = args.spec.engine.tensor_parallel_size
-    torch.set_num_threads(max(1, int(args.spec.cluster.cpus_per_replica / num_ranks)))
-    refuse_too_large(args.spec)
-    if num_ranks > 1:
-        lockstep.start_followers(num_ranks, _follow, args.spec)
-    loaded = _load(args.spec, rank=0)
-    return Worker(args, loaded, make_engine(args.spec, loaded, calibrates=True))
-
-
-def _load(spec: JobSpec, rank: int) -> LoadedModel:
-    return_freed_memory()
-    loaded = load_model(spec.model, spec.cluster.gpus_per_model)
-    if spec.engine.tensor_parallel_size > 1:
-        shard(loaded.model, rank, spec.engine.tensor_parallel_size)
-    return loaded
-
-
-def _follow(rank: int, num_ranks: int, store: Path, spec: JobSpec) -> None:
-    """The life of a process that has a part of the replica's model."""
-    torch.set_num_threads(max(1, int(spec.cluster.cpus_per_replica / num_ranks)))
-    lockstep.join(rank, num_ranks, store)
-    lockstep.repeat_forever(make_engine(spec, _load(spec, rank), Engine))
-
-
-def make_engine(
-    spec: JobSpec,
-    loaded: LoadedModel,
-    engine_class: type[Engine] | None = None,
-    *,
-    calibrates: bool = False,
-) -> Engine:
-    """An engine for a loaded model, with its limits settled and its arithmetic checked.
-
-    In a replica of several processes it leads the others, unless a class is given. With ``calibrates``
-    what is ``auto`` of a step's size is settled by timing a few.
-    """
-    is_split = spec.engine.tensor_parallel_size > 1
-    if spec.engine.kv_cache_dtype != "auto":
-        loaded.model.kv_cache_dtype = getattr(torch, spec.engine.kv_cache_dtype)
-    codec = loaded.codec
-    guard.refuse_windows(loaded.model, codec.max_model_len)
-    is_int8 = spec.model.quantization == "int8-dynamic"
-    if is_int8:
-        packing.refuse_int8(loaded.model)
-    expected = guard.reference_logits(loaded.model)
-    if packing.can_pack(loaded.model) and not is_int8:
-        packing.pack_linears(loaded.model)
-    device = next(loaded.model.parameters()).device
-    if device.type == "cpu":
-        keep_freed_memory()
-        fuse_layers(loaded.model)
-    limits = resolve_limits(spec.engine, loaded.model, codec.max_model_len, device)
-    if is_split:
-        limits = lockstep.agree(limits)
-    vocab_size = loaded.model.config.get_text_config().vocab_size
-    new_engine = partial(
-        engine_class or (lockstep.LeadingEngine if is_split else Engine),
-        loaded.model,
-        max_model_len=codec.max_model_len,
-        stop_token_ids=codec.stop_token_ids,
-        decode=codec.tokenizer.decode,
-        make_vocabulary=partial(codec.tokenizer.grammar_vocabulary, vocab_size, codec.stop_token_ids),
-        runs_ahead=device.type == "cuda" and not is_split,
-    )
-    engine = new_engine(limits)
-    guard.check_runner(engine.runner, expected)
-    if is_int8:  # after the check, whose tolerance is that of exact products
-        packing.pack_linears(loaded.model, int8=True)
-    calibration = Calibration(loaded.model, codec.max_model_len, device)
-    if calibrates and spec.task == "generate" and calibration.is_wanted(spec.engine):
-        del engine  # its arena has the memory that the trial needs
-        settled = calibration.settle(spec.engine)
-        limits = resolve_limits(settled, loaded.model, codec.max_model_len, device)
-        engine = new_engine(limits)
-    logger.info(
-        "engine ready: %d sequences, %d tokens a step, %d tokens of KV",
-        limits.max_num_seqs,
-        limits.max_num_batched_tokens,
-        limits.kv_cache_tokens,
-    )
-    return engine
 
 
 class Worker:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b2batch.models.checkpoint import Checkpoint
 from b2batch.spec import JobSpec
+from b2batch.worker_args import WorkerArgs
 
 if TYPE_CHECKING:
     from b2batch.worker import Worker
 
 
-def start_worker(args: Mapping[str, Any]) -> Worker:
-    """A worker of these ``WorkerArgs``, in this process.
+def start_worker(args: WorkerArgs) -> Worker:
+    """A worker in this process, with its model loaded.
 
     Raises:
         CallerError: the checkpoint or the spec cannot be used here.
@@ -24,10 +24,11 @@ def start_worker(args: Mapping[str, Any]) -> Worker:
     # import makes is garbage, and to look through it all again and again takes a sixth of those seconds.
     gc.disable()
     try:
-        from b2batch.worker import WorkerArgs, make_worker
+        from b2batch.engine_start import start_engine
+        from b2batch.worker import Worker
     finally:
         gc.enable()
-    return make_worker(WorkerArgs(**args))
+    return Worker(args, *start_engine(args.spec))
 
 
 def with_fixed_model(spec: JobSpec, checkpoint: Checkpoint) -> JobSpec:

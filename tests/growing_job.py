@@ -18,6 +18,7 @@ import pytest
 from b2batch import job, worker
 from b2batch.due import ticks_to_run
 from b2batch.engine.engine import Engine
+from b2batch.engine_start import make_engine
 from b2batch.errors import NothingToDo
 from b2batch.job import JobResult, RunOptions, run_job
 from b2batch.models.loading import LoadedModel, load_model
@@ -26,7 +27,7 @@ from b2batch.outputs.lease import LEASE_TTL_S
 from b2batch.outputs.store import LocalStore, Store, open_store
 from b2batch.rows import WorkUnit
 from b2batch.spec import JobSpec, parse_spec
-from b2batch.worker import Worker, WorkerArgs, make_engine
+from b2batch.worker import Worker
 
 
 class Crash(BaseException):
@@ -85,7 +86,7 @@ class Machine:
         if self._loaded is None:
             loaded = load_model(run._job.spec.model)
             self._loaded = loaded, make_engine(run._job.spec, loaded)
-        labeller = Worker(WorkerArgs(**run._worker_args()), *self._loaded)
+        labeller = Worker(run._worker_args(), *self._loaded)
         for unit in pending:
             run._note_waiting()
             labeller.add_unit(unit, attempt=1)

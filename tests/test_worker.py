@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from b2batch.engine_start import make_engine
 from b2batch.errors import ReplicaSuspect, StorageFull
 from b2batch.models.loading import load_model
 from b2batch.outputs.footer import read_footer
@@ -15,7 +16,8 @@ from b2batch.outputs.store import open_store
 from b2batch.preflight import prepare_job
 from b2batch.rows import Caution, CondemnedRow, PieceBegun
 from b2batch.spec import ModelSpec, parse_spec
-from b2batch.worker import Worker, WorkerArgs, make_engine
+from b2batch.worker import Worker
+from b2batch.worker_args import WorkerArgs
 
 REVIEWS = [
     "房间很干净，服务也好，下次还会来。",

@@ -19,8 +19,9 @@ from functools import partial
 from b2batch.cluster import driver, fleet, placement
 from b2batch.job import prepare_job, start_worker
 from b2batch.spec import load_spec
+from b2batch.worker_args import WorkerArgs
 job = prepare_job(load_spec(sys.argv[1]))
-pickle.dumps(partial(start_worker, {"spec": job.spec, "files": job.plan.files}))
+pickle.dumps(partial(start_worker, WorkerArgs(job.spec, job.plan.files, job.plan.schema, "", "", 1, {})))
 print([name for name in ("torch", "transformers") if name in sys.modules])
 """
 

@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from b2batch import job
 from b2batch.bench.fault_scratch import HOLD_VARIABLE, ledger_in, release_in, switch_in, token_in
 from b2batch.outputs.parts import commit_part
+from b2batch.worker_args import WorkerArgs
 from b2batch.worker_start import start_worker
 
 _POLL_S = 0.05
@@ -32,7 +33,7 @@ class CountedWorkers:
     scratch: Path
     holds: bool = False
 
-    def __call__(self, args: Mapping[str, Any]) -> Any:
+    def __call__(self, args: WorkerArgs) -> Any:
         """Plant and make one, in the replica's process."""
         switch_in(self.scratch).plant()
         made = start_worker(args)

@@ -20,12 +20,12 @@ import torch
 from b2batch.bench.child import cpu_s
 from b2batch.bench.peer_engine import Occupancy
 from b2batch.encoding import RowEncoder
+from b2batch.engine_start import make_engine
 from b2batch.job import RunOptions, run_job
 from b2batch.logbook import JobProgress
 from b2batch.models.loading import load_model
 from b2batch.rows import PromptRow
 from b2batch.spec import JobSpec, parse_spec
-from b2batch.worker import make_engine
 
 _TEMPLATE = "请判断下面这条评论的情感倾向,只回答“正面”或“负面”。\n{{ text }}"
 

@@ -11,10 +11,10 @@ from b2batch.answers import read_sample
 from b2batch.bench.peer_job import Answer, Answers, BenchRow, PeerJob
 from b2batch.engine.engine import Engine
 from b2batch.engine.request import Finished, Request, ScoreRequest
+from b2batch.engine_start import make_engine
 from b2batch.models.families import PromptCodec
 from b2batch.models.loading import load_model
 from b2batch.spec import JobSpec, SamplingSpec, parse_spec, set_values
-from b2batch.worker import make_engine
 
 _TAIL_SHARE = 0.02  # of a job, when its batch runs empty
 

@@ -23,9 +23,9 @@ from b2batch.bench.peer_job import PeerJob
 from b2batch.engine.engine import Engine
 from b2batch.engine.request import Request
 from b2batch.engine.runner import KVShape
+from b2batch.engine_start import make_engine
 from b2batch.models.loading import LoadedModel, load_model
 from b2batch.spec import SamplingSpec
-from b2batch.worker import make_engine
 
 _WARMUP_STEPS = 3
 _MARGIN_TOKENS = 8  # beyond what is timed, so that no sequence ends within

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from b2batch.engine.cuda_runner import make_runner
 from b2batch.engine.kv import PrefixSpan, Span
-from b2batch.engine.runner import KVShape, Runner
+from b2batch.engine.runner import KVShape
 from b2batch.engine.scheduler import Chunk, Step
 from b2batch.engine.sequence import Sequence
 from b2batch.errors import ModelError
@@ -51,12 +52,27 @@ def reference_logits(model: PreTrainedModel) -> list[Tensor]:
     return [model(input_ids=prompt, use_cache=False).logits[0, -1].float() for prompt in prompts]
 
 
-def check_runner(runner: Runner, expected: list[Tensor]) -> None:
+def check_model(model: PreTrainedModel, expected: list[Tensor]) -> None:
     """ModelError unless the engine's logits equal ``expected`` within the dtype's rounding."""
-    prompts = _prompts(runner.model.config.vocab_size)
+    logits = _engine_logits(model)
+    dtypes = {model.dtype, KVShape.of(model).dtype}
+    tolerance = max(_TOLERANCE.get(dtype, _TOLERANCE_16_BIT) for dtype in dtypes)
+    for ours, theirs in zip(logits, expected, strict=True):
+        difference = ((ours - theirs).norm() / theirs.norm()).item()
+        if not difference < tolerance:
+            raise ModelError(
+                f"{type(model).__name__} does not compute the same on the engine as by itself "
+                f"(relative difference of the logits {difference:.2g}, allowed {tolerance:g}): its attention "
+                "does something that the engine cannot"
+            )
+
+
+def _engine_logits(model: PreTrainedModel) -> Tensor:
+    """Last-position logits (2, V) of the two prompts by a runner with an arena for just these."""
+    prompts = _prompts(model.config.vocab_size)
     prefix = PrefixSpan(tuple(prompts[0][:_PREFIX]), Span(0, _PREFIX))
     sequences = [Sequence(f"guard-{i}", 0, prompt, SamplingSpec(), 1) for i, prompt in enumerate(prompts)]
-    starts = [_PREFIX, _PREFIX + _PROMPT]  # where each prompt's own tokens stand in the arena
+    starts = [_PREFIX, _PROMPT]  # where each prompt's own tokens stand in the arena
     halves = [(_PREFIX, (_PREFIX + _PROMPT) // 2), ((_PREFIX + _PROMPT) // 2, _PROMPT)]
     first = [Chunk(prefix, 0, _PREFIX, 0, 0)]
     steps = []
@@ -67,17 +83,8 @@ def check_runner(runner: Runner, expected: list[Tensor]) -> None:
         ]
         steps.append(Step(chunks=first + chunks))
         first = []
-    logits = [runner.run(step) for step in steps][-1]
-    dtypes = {runner.model.dtype, KVShape.of(runner.model).dtype}
-    tolerance = max(_TOLERANCE.get(dtype, _TOLERANCE_16_BIT) for dtype in dtypes)
-    for ours, theirs in zip(logits, expected, strict=True):
-        difference = ((ours - theirs).norm() / theirs.norm()).item()
-        if not difference < tolerance:
-            raise ModelError(
-                f"{type(runner.model).__name__} does not compute the same on the engine as by itself "
-                f"(relative difference of the logits {difference:.2g}, allowed {tolerance:g}): its attention "
-                "does something that the engine cannot"
-            )
+    runner = make_runner(model, 2 * _PROMPT - _PREFIX, len(sequences))
+    return [runner.run(step) for step in steps][-1]
 
 
 def _prompts(vocab_size: int) -> list[list[int]]:

@@ -16,9 +16,9 @@ from b2batch.engine.memory import resolve_limits
 from b2batch.engine.memory_plan import StepSize
 from b2batch.engine.runner import Runner
 from b2batch.engine.scheduler import SchedulerStats, Step
+from b2batch.engine_start import make_engine
 from b2batch.models.loading import LoadedModel, load_model
 from b2batch.spec import EngineSpec, JobSpec, ModelSpec, parse_spec
-from b2batch.worker import make_engine
 from engine.serving import answer
 
 CPU = torch.device("cpu")

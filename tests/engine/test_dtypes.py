@@ -10,9 +10,9 @@ import torch
 from golden import Golden, forward
 
 from b2batch.engine.request import Request
+from b2batch.engine_start import make_engine
 from b2batch.models.loading import load_model
 from b2batch.spec import SamplingSpec, parse_spec
-from b2batch.worker import make_engine
 
 
 def engine_of(golden: Golden, **engine: Any) -> Any:

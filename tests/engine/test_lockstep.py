@@ -21,7 +21,7 @@ import torch
 from b2batch.engine import lockstep
 from b2batch.engine.request import Request
 from b2batch.spec import SamplingSpec, parse_spec
-from b2batch.worker import _follow, _load, make_engine
+from b2batch.engine_start import follow, load_part, make_engine
 
 def answers(engine):
     greedy = SamplingSpec(max_tokens=12)
@@ -44,9 +44,9 @@ def spec_of(num_ranks):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    alone = answers(make_engine(spec_of(1), _load(spec_of(1), 0)))
-    lockstep.start_followers(2, _follow, spec_of(2))
-    engine = make_engine(spec_of(2), _load(spec_of(2), 0))
+    alone = answers(make_engine(spec_of(1), load_part(spec_of(1), 0)))
+    lockstep.start_followers(2, follow, spec_of(2))
+    engine = make_engine(spec_of(2), load_part(spec_of(2), 0))
     num_heads = {layer.self_attn.num_heads for layer in engine.runner.model.model.layers}
     print(json.dumps([alone, answers(engine), list(num_heads)], default=list))
 """

@@ -16,7 +16,7 @@ from b2batch.outputs.store import open_store
 from b2batch.preflight import PreparedJob, prepare_job
 from b2batch.rows import UnitCounts, WorkUnit
 from b2batch.spec import JobSpec, parse_spec
-from b2batch.worker import WorkerArgs
+from b2batch.worker_args import WorkerArgs
 
 from .process_fleet import ProcessFleet, ReplicaPlan, Stray
 

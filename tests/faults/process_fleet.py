@@ -22,7 +22,8 @@ from b2batch.cluster.fleet import Answer, FleetEvent, Lost
 from b2batch.cluster.policy import Loss
 from b2batch.cluster.replica import Order, Replica, ReplicaState
 from b2batch.rows import UnitReport
-from b2batch.worker import WorkerArgs, make_worker
+from b2batch.worker_args import WorkerArgs
+from b2batch.worker_start import start_worker
 
 from .mutants import planted
 
@@ -75,7 +76,7 @@ class _DyingWorker:
 
 
 def _make(args: WorkerArgs, plan: ReplicaPlan) -> Any:
-    worker = make_worker(args)
+    worker = start_worker(args)
     return _DyingWorker(worker, plan.death) if plan.death else worker
 
 

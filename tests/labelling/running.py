@@ -10,13 +10,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from b2batch.engine.engine import Engine
+from b2batch.engine_start import make_engine
 from b2batch.labelling.judgement import judge
 from b2batch.models.loading import LoadedModel
 from b2batch.outputs.run import RunDirectory
 from b2batch.outputs.store import open_store
 from b2batch.preflight import prepare_job
 from b2batch.spec import JobSpec, parse_spec
-from b2batch.worker import Worker, WorkerArgs, make_engine
+from b2batch.worker import Worker
+from b2batch.worker_args import WorkerArgs
 
 REVIEW_TEMPLATE = "请判断下面这条评论的情感倾向,只回答“正面”或“负面”。\n{{ text }}"
 REVIEWS = [

@@ -113,7 +113,7 @@ def test_only_choices_come_out_also_when_one_begins_another(tmp_path, tiny) -> N
 
 def test_free_and_bound_answers_share_a_batch(tiny) -> None:
     """Rows without a grammar get what they get alone."""
-    from b2batch.worker import make_engine
+    from b2batch.engine_start import make_engine
 
     engine = make_engine(parse_spec(MINIMAL), tiny)
     ids = tiny.codec.chat.encode([{"role": "user", "content": REVIEWS[0]}])

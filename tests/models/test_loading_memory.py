@@ -18,7 +18,7 @@ from b2batch.models.baichuan import BaichuanConfig, BaichuanForCausalLM
 LOAD = """
 import json, sys, threading, time
 from b2batch.spec import parse_spec
-from b2batch.worker import _load
+from b2batch.engine_start import load_part
 
 def anonymous_bytes():
     with open("/proc/self/status") as status:
@@ -30,7 +30,7 @@ def spec_of(model):
         "input": {"path": "x"}, "prompt": {"column": "x"}, "output": {"path": "x"},
     })
 
-_load(spec_of("baichuan2-tiny"), 0)  # imports everything
+load_part(spec_of("baichuan2-tiny"), 0)  # imports everything
 before, seen, is_loaded = anonymous_bytes(), [], threading.Event()
 
 def watch():
@@ -40,7 +40,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 try:
-    loaded = _load(spec_of(sys.argv[1]), 0)
+    loaded = load_part(spec_of(sys.argv[1]), 0)
 finally:
     is_loaded.set()
 watcher.join()

@@ -103,14 +103,13 @@ def baichuan(source: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFa
 def on_engine(loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy answers of the engine, which has passed its own guard."""
     guard.refuse_windows(loaded.model, MAX_LEN)
-    reference = guard.reference_logits(loaded.model)
+    guard.check_model(loaded.model, guard.reference_logits(loaded.model))
     engine = Engine(
         loaded.model,
         Limits(max_num_seqs=8, max_num_batched_tokens=40, kv_cache_tokens=2048),
         max_model_len=MAX_LEN,
         stop_token_ids=loaded.codec.stop_token_ids,
     )
-    guard.check_runner(engine.runner, reference)
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), prompt, SamplingSpec(max_tokens=NUM_TOKENS)))
     done = {}
