@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from b2batch.answers import read_sample
 from b2batch.bench.peer_job import Answer, Answers, BenchRow, PeerJob
 from b2batch.engine.engine import Engine
 from b2batch.engine.request import Finished, Request, ScoreRequest
+from b2batch.engine.runner import Runner
+from b2batch.engine.scheduler import Step
 from b2batch.engine_start import make_engine
 from b2batch.models.families import PromptCodec
 from b2batch.models.loading import load_model
@@ -47,7 +52,25 @@ def load(job: PeerJob) -> EnginePeer:
         settings["model__quantization"] = "int8-dynamic"
     spec = make_spec(job, **settings)
     loaded = load_model(spec.model)
-    return EnginePeer(job, make_engine(spec, loaded), loaded.codec)
+    engine = make_engine(spec, loaded)
+    if job.kind == "engine-no-cascade":
+        engine.runner = cast(Runner, _ApartRunner(engine.runner))
+    return EnginePeer(job, engine, loaded.codec)
+
+
+class _ApartRunner:
+    """A runner for which no two sequences share a prefix: it is computed once, and attended to by each."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def run(self, step: Step, unread: Tensor | None = None) -> Tensor:
+        """See ``Runner``."""
+        apart = [replace(chunk, prefix=copy(chunk.prefix)) for chunk in step.chunks]
+        return self._runner.run(replace(step, chunks=apart), unread)
 
 
 class EnginePeer:

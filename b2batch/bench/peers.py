@@ -33,6 +33,7 @@ class PeerKind:
 PEERS: dict[str, PeerKind] = {
     "engine": PeerKind("b2batch.bench.peer_engine"),
     "engine-no-prefix": PeerKind("b2batch.bench.peer_engine"),
+    "engine-no-cascade": PeerKind("b2batch.bench.peer_engine"),
     "engine-int8": PeerKind("b2batch.bench.peer_engine"),
     "loop": PeerKind("b2batch.bench.peer_transformers", default_size=1),
     "static": PeerKind("b2batch.bench.peer_transformers", default_size=16),

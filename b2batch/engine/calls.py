@@ -13,7 +13,9 @@ from itertools import groupby
 
 from b2batch.engine.scheduler import Chunk
 
-MIN_SHARED_PAIRS = 1000  # measured on a CPU with 4-40 heads of 64 and 128, with and without ALiBi
+# Measured on a CPU with 4-40 heads of 64 and 128, with and without ALiBi.
+MIN_SHARED_PAIRS = 1000
+_MIN_SHARERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def plan_calls(
     Args:
         joins_decodes: whether the device has a call for all chunks of one query.
         min_shared_pairs: decodes on a prefix with fewer pairs of a query and a key than this attend to
-            it in that call: one of its own would cost more than it saves.
+            it in that call: one of its own would cost more than it saves. Up to three always do.
     """
     own: list[OwnCall] = []
     decodes: list[tuple[int, ...]] = []
@@ -81,8 +83,9 @@ def plan_calls(
         stretch = list(group)
         shared = (0, 0) if prefix is None else (prefix.span.start, prefix.length)
         num_queries = sum(chunk.num_tokens for chunk in stretch)
-        is_few = num_queries == len(stretch) and num_queries * shared[1] < min_shared_pairs
-        if prefix is not None and not (joins_decodes and is_few):
+        is_few = len(stretch) < _MIN_SHARERS or num_queries * shared[1] < min_shared_pairs
+        joins = joins_decodes and is_few and num_queries == len(stretch)  # decodes, all of them
+        if prefix is not None and not joins:
             prefixes.append(PrefixCall(row, num_queries, *shared))
             shared = (0, 0)
         for chunk in stretch:

@@ -51,7 +51,9 @@ def by_loop(tiny_model: Path) -> PeerRound:
     return answer("loop", tiny_model, GENERATE)
 
 
-@pytest.mark.parametrize("name", ["engine", "engine-no-prefix", "static4", "sorted4", "hf-continuous2"])
+@pytest.mark.parametrize(
+    "name", ["engine", "engine-no-cascade", "engine-no-prefix", "static4", "sorted4", "hf-continuous2"]
+)
 def test_greedy_tokens_are_the_loops(name: str, tiny_model: Path, by_loop: PeerRound):
     found = answer(name, tiny_model, GENERATE)
 
@@ -63,9 +65,11 @@ def test_greedy_tokens_are_the_loops(name: str, tiny_model: Path, by_loop: PeerR
 
 
 def test_the_engine_tells_what_its_prefixes_saved(tiny_model: Path):
-    with_prefix, without = (answer(n, tiny_model, GENERATE).facts for n in ("engine", "engine-no-prefix"))
+    names = ("engine", "engine-no-cascade", "engine-no-prefix")
+    with_prefix, read_by_each, without = (answer(name, tiny_model, GENERATE).facts for name in names)
 
     assert with_prefix["prefix_tokens_saved"] >= 40 * 4
+    assert read_by_each["prefix_tokens_saved"] == with_prefix["prefix_tokens_saved"]
     assert without["prefix_tokens_saved"] == 0
     assert 0 < with_prefix["occupancy"] <= 1
 

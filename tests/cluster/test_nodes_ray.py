@@ -47,6 +47,7 @@ class Job:
     """A job on the cluster, whose replicas wait in the middle of it."""
 
     def __init__(self, directory: Path, cluster: FaultCluster, replicas: object) -> None:
+        cluster.fill_up()  # the test before may have taken nodes
         self.output = directory / "out"
         file = directory / "job.json"
         self._gate = Path(cluster.environment["B2_GATE"])
