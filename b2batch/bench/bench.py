@@ -14,8 +14,9 @@ from b2batch.assets import EMBEDDED_MODELS
 from b2batch.bench.child_process import run_child
 from b2batch.bench.comparison import Setting, Tools, compare
 from b2batch.bench.environment import Environment
+from b2batch.bench.job_rounds import measure_job
 from b2batch.bench.peer_job import PeerJob
-from b2batch.bench.prompts import make_rows, read_rows, write_reviews
+from b2batch.bench.prompts import make_rows, read_rows
 from b2batch.bench.record import Comparison, RunRecord, Spread
 from b2batch.bench.workload import (
     DriverWorkload,
@@ -93,7 +94,7 @@ def run_bench(name: str, workload: Workload, options: BenchOptions) -> BenchResu
         measurements = measure_faults(workload, options.on_progress)
         return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
     if isinstance(workload, JobWorkload):
-        measurements = _measure_job(workload, options)
+        measurements = measure_job(workload, options.on_progress)
         return BenchResult(_record(name, workload, environment, "", "", "", 0, measurements=measurements))
     dtype = _DTYPES[options.device] if workload.dtype == "auto" else workload.dtype
     model = options.model or workload.model
@@ -165,30 +166,6 @@ def _measure_driver(workload: DriverWorkload, options: BenchOptions) -> dict[str
         options.on_progress(f"driver: {measurement}")
         found[measurement] = run_child("driver_scale", {"measurement": measurement, "workload": document})
     return found
-
-
-def _measure_job(workload: JobWorkload, options: BenchOptions) -> dict[str, Any]:
-    """Rounds of the engine alone and of a job with each number of replicas, interleaved; medians."""
-    rounds: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory(prefix="b2batch-bench-") as scratch:
-        rows = Path(scratch, "rows.jsonl")
-        write_reviews(rows, workload.rows)
-        for number in range(1, workload.repeats + 1):
-            for replicas in (0, *workload.replicas):
-                name = f"job, {replicas} replicas" if replicas else "engine alone"
-                options.on_progress(f"job: {name}, round {number} of {workload.repeats}")
-                document = {
-                    **workload.model_dump(mode="json", include={"rows_per_unit", "max_tokens"}),
-                    "input": str(rows),
-                    "output": str(Path(scratch, f"out-{replicas}-{number}")),
-                    "replicas": replicas,
-                }
-                rounds.setdefault(name, []).append(run_child("job_run", document))
-    return {
-        name: {key: statistics.median(found[key] for found in same) for key in same[0]}
-        | {"rounds": [found["rows_per_s"] for found in same]}
-        for name, same in rounds.items()
-    }
 
 
 def _measure_steps(workload: StepsWorkload, setting: Setting, options: BenchOptions) -> dict[str, Any]:
