@@ -26,18 +26,20 @@ Value = TypeVar("Value")
 
 def start_followers(num_ranks: int, follow: Callable[..., None], *arguments: Any) -> None:
     """Start ranks 1 … n-1 as processes that run ``follow(rank, num_ranks, store, *arguments)``; join as 0."""
-    store = Path(tempfile.mkdtemp(prefix="b2batch-ranks-")) / "store"
     context = multiprocessing.get_context("spawn")
-    for rank in range(1, num_ranks):
-        context.Process(target=follow, args=(rank, num_ranks, store, *arguments), daemon=True).start()
-    join(0, num_ranks, store)
+    with tempfile.TemporaryDirectory(prefix="b2batch-ranks-") as directory:
+        store = Path(directory, "store")
+        for rank in range(1, num_ranks):
+            context.Process(target=follow, args=(rank, num_ranks, store, *arguments), daemon=True).start()
+        join(0, num_ranks, store)
 
 
 def join(rank: int, num_ranks: int, store: Path) -> None:
-    """Become a rank of the group that meets at the file ``store``."""
+    """Become a rank of the group that meets at the file ``store``, which nobody needs once all are there."""
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=_NEVER
     )
+    dist.barrier()
 
 
 def agree(value: Value) -> Value:

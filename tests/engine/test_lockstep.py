@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,14 +58,22 @@ def test_two_processes_answer_as_one(shared_dir: Path, tmp_path: Path) -> None:
     script = tmp_path / "answers.py"
     script.write_text(ANSWERS)
     model = shared_dir / "golden" / "ckpt" / "b2_13b-tiny"  # 6 heads, with a slope each
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     found = subprocess.run(
-        [sys.executable, str(script), str(model)], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, str(script), str(model)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
     assert found.returncode == 0, found.stderr
     alone, together, num_heads = json.loads(found.stdout.splitlines()[-1])
     assert num_heads == [3]
     assert sorted(together) == ["0", "1", "3"], "a cancelled request is forgotten by both"
     assert together == alone
+    assert not list(scratch.glob("b2batch-*")), "where they met is gone"
 
 
 @pytest.mark.parametrize(
